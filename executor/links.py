@@ -1,0 +1,123 @@
+"""What an executor and its workers say to one another over a pipe, as MessagePack. Structs only.
+
+One worker runs one job. Parent to worker is imperative, worker to parent past tense.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from protocol.messages import Job
+from protocol.schema import (
+    CheckpointRef,
+    EpochResult,
+    InferenceConfig,
+    LabelResult,
+    Record,
+    RetrainResult,
+    Seconds,
+    Share,
+    TrialResult,
+)
+
+# ---------------------------------------------------------------- parent -> worker
+
+
+class StartJob(Record, frozen=True, kw_only=True, tag="start"):
+    """First message. ``device``: "cpu:K" (pin to core K) or "cuda:K"; ``pace``: hold the share by duty cycle."""
+
+    job: Job
+    store: str
+    device: str
+    pace: bool
+    stats_interval_s: Seconds = 1.0
+
+
+class SetShare(Record, frozen=True, kw_only=True, tag="set_share"):
+    share: Share
+
+
+class SetInference(Record, frozen=True, kw_only=True, tag="set_inference"):
+    config: InferenceConfig
+
+
+class SwapModel(Record, frozen=True, kw_only=True, tag="swap_model"):
+    """Load beside the serving model, verify, take over between two frames."""
+
+    checkpoint: CheckpointRef
+
+
+class StopJob(Record, frozen=True, kw_only=True, tag="stop"):
+    """Finish the step in hand and leave."""
+
+    reason: str
+
+
+Command = StartJob | SetShare | SetInference | SwapModel | StopJob
+
+# ---------------------------------------------------------------- worker -> parent
+
+
+class Ready(Record, frozen=True, kw_only=True, tag="ready"):
+    """The model is loaded and warm; ``num_units``: multiprocessors visible (0 on CPU devices)."""
+
+    pid: int
+    startup_s: Seconds
+    num_units: int = 0
+
+
+class Progress(Record, frozen=True, kw_only=True, tag="progress"):
+    """Sent at least every stats interval while the worker gets on; ``count`` never falls."""
+
+    count: int
+    share_achieved: float | None
+
+
+class StreamStats(Record, frozen=True, kw_only=True, tag="stream_stats"):
+    """Counts of an inference worker since its last such message."""
+
+    interval_s: Seconds
+    num_frames: int
+    num_analysed: int
+    num_dropped: int
+    num_objects: int
+    accuracy_sum: float
+    num_scored: int
+    latency_ms_p50: float
+    model_version: int
+    inference_id: str
+    conditions: str = ""
+
+
+class Swapped(Record, frozen=True, kw_only=True, tag="swapped"):
+    """The new model serves. ``gap_ms``: longest time between two results around the swap."""
+
+    version: int
+    gap_ms: float
+
+
+class SwapRefused(Record, frozen=True, kw_only=True, tag="swap_refused"):
+    """The checkpoint was not usable; the old model goes on serving."""
+
+    version: int
+    reason: str
+
+
+class EpochDone(Record, frozen=True, kw_only=True, tag="epoch_done"):
+    epoch: EpochResult
+
+
+class JobDone(Record, frozen=True, kw_only=True, tag="job_done"):
+    """The job's result; the worker leaves by itself afterwards."""
+
+    result: LabelResult | TrialResult | RetrainResult
+
+
+class JobBroken(Record, frozen=True, kw_only=True, tag="job_broken"):
+    """The job cannot go on. ``kind``: input = the user's data, memory, diverged (NaN), device, internal."""
+
+    kind: Literal["input", "memory", "diverged", "device", "checkpoint", "internal"]
+    reason: str
+
+
+Report = Ready | Progress | StreamStats | Swapped | SwapRefused | EpochDone | JobDone | JobBroken

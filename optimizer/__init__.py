@@ -1,0 +1,1 @@
+"""Plans each retraining window and drives the executors that carry the plan out."""

@@ -1,0 +1,1 @@
+"""Estimates what retraining and inference configurations cost and are worth. Runs no torch."""

@@ -1,0 +1,197 @@
+"""Telemetry events. This file holds structs only. Lossy by contract: nothing needed for correctness travels here.
+
+``time_s`` is wall-clock time (Unix seconds, for display only); ``site_s`` is seconds since the site's
+stream clock started, the same for all processes of a site up to message latency.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from protocol.schema import EpochResult, Fraction, InferenceConfig, Name, Record, RetrainConfig, Seconds
+
+
+class Event(Record, frozen=True, kw_only=True):
+    time_s: float = 0.0
+    site_s: float = 0.0
+
+
+class WindowOpened(Event, frozen=True, kw_only=True, tag="window_opened"):
+    window: int
+    term: int
+    window_s: Seconds
+    num_streams: int
+    policy: str
+
+
+class WindowClosed(Event, frozen=True, kw_only=True, tag="window_closed"):
+    """Window-averaged accuracy per stream; ``predicted`` is None for streams without a plan."""
+
+    window: int
+    streams: tuple[StreamWindow, ...]
+    realised: Fraction
+    predicted: float | None
+
+
+class StreamWindow(Record, frozen=True, kw_only=True):
+    """One stream in one window. ``num_objects``: objects that ``realised`` was measured on."""
+
+    stream_id: Name
+    realised: float | None
+    predicted: float | None
+    num_frames: int
+    num_analysed: int
+    num_dropped: int
+    num_objects: int
+    retrain_id: str = ""
+    swapped: bool = False
+
+
+class PlanSolved(Event, frozen=True, kw_only=True, tag="plan_solved"):
+    """A plan was chosen. ``phase``: profiling (while labels and trials run), plan, replan."""
+
+    window: int
+    revision: int
+    phase: Literal["profiling", "plan", "replan"]
+    reason: str
+    policy: str
+    status: str
+    predicted: Fraction
+    bound: float | None
+    gap: float | None
+    seconds: Seconds
+    detail: str
+    streams: tuple[PlannedStream, ...]
+
+
+class PlannedStream(Record, frozen=True, kw_only=True):
+    """What a plan says for a stream: the inference configuration at once, the retraining, the one after it."""
+
+    stream_id: Name
+    predicted: float
+    inference_id: str
+    inference_share: float
+    inference_gpu: str
+    retrain_id: str = ""
+    retrain_share: float = 0.0
+    retrain_gpu: str = ""
+    retrain_start_s: float = 0.0
+    retrain_end_s: float = 0.0
+    inference_id_after: str = ""
+
+
+class StreamAccuracy(Event, frozen=True, kw_only=True, tag="stream_accuracy"):
+    """Counts since the last such event of the stream (about one a second). Accuracy is num_correct / num_objects
+    averaged over frames; None when no object was seen. ``drift_level``: 0..1, known for city streams only."""
+
+    stream_id: Name
+    window: int
+    accuracy: float | None
+    accuracy_sum: float
+    num_scored: int
+    num_frames: int
+    num_analysed: int
+    num_dropped: int
+    num_objects: int
+    fps: float
+    latency_ms_p50: float
+    model_version: int
+    inference_id: str
+    conditions: str = ""
+
+
+class JobShare(Event, frozen=True, kw_only=True, tag="job_share"):
+    """Granted and achieved share of a job over the last interval."""
+
+    job_id: str
+    kind: Literal["inference", "label", "trial", "retrain"]
+    stream_id: Name
+    gpu_id: Name
+    share_granted: float
+    share_achieved: float | None
+    backend: str
+
+
+class WorkerChanged(Event, frozen=True, kw_only=True, tag="worker_changed"):
+    job_id: str
+    stream_id: Name
+    gpu_id: Name
+    kind: Literal["inference", "label", "trial", "retrain"]
+    change: Literal["started", "ready", "resized", "reconfigured", "swapped", "finished", "failed", "stopped"]
+    reason: str
+    pid: int = 0
+    share: float = 0.0
+    gap_ms: float | None = None
+
+
+class RetrainProgress(Event, frozen=True, kw_only=True, tag="retrain_progress"):
+    job_id: str
+    stream_id: Name
+    window: int
+    config: RetrainConfig
+    epoch: EpochResult
+
+
+class RetrainFinished(Event, frozen=True, kw_only=True, tag="retrain_finished"):
+    """A retraining ended and the gate decided whether the model goes live."""
+
+    stream_id: Name
+    window: int
+    retrain_id: str
+    accuracy_before: Fraction
+    accuracy_after: Fraction
+    accuracy_predicted: float | None
+    seconds: Seconds
+    seconds_predicted: float | None
+    promoted: bool
+    reason: str
+
+
+class LabelsCollected(Event, frozen=True, kw_only=True, tag="labels_collected"):
+    stream_id: Name
+    window: int
+    num_frames: int
+    num_train: int
+    num_validation: int
+    class_counts: tuple[int, ...]
+    seconds: Seconds
+
+
+class ProfileEstimated(Event, frozen=True, kw_only=True, tag="profile_estimated"):
+    """The micro-profiler's estimate of one stream. Tuples run over configurations."""
+
+    stream_id: Name
+    window: int
+    accuracy_now: Fraction
+    inference: tuple[tuple[InferenceConfig, float, float], ...]  # (config, gpu_share_needed, relative_accuracy)
+    retrain: tuple[tuple[RetrainConfig, float, float], ...]  # (config, gpu_seconds, accuracy_after)
+
+
+class ExecutorChanged(Event, frozen=True, kw_only=True, tag="executor_changed"):
+    executor_id: Name
+    gpu_id: Name
+    change: Literal["joined", "rejoined", "lost", "left", "refused"]
+    reason: str
+
+
+class Notice(Event, frozen=True, kw_only=True, tag="notice"):
+    """Something a person should read."""
+
+    level: Literal["info", "warning", "error"]
+    text: str
+
+
+TelemetryEvent = (
+    WindowOpened
+    | WindowClosed
+    | PlanSolved
+    | StreamAccuracy
+    | JobShare
+    | WorkerChanged
+    | RetrainProgress
+    | RetrainFinished
+    | LabelsCollected
+    | ProfileEstimated
+    | ExecutorChanged
+    | Notice
+)

@@ -1,0 +1,272 @@
+"""Wanted things and measured things: streams, configurations, devices, checkpoints, results.
+
+This file holds structs only. Conventions: all structs are frozen and keyword-only; times are in
+seconds, shares are fractions of one GPU, accuracies are fractions 0..1. Suffixes: ``Spec`` = wanted,
+``Config`` = knobs, ``Profile`` = measured or estimated, ``Result`` = happened.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import msgspec
+
+Fraction = Annotated[float, msgspec.Meta(ge=0.0, le=1.0)]
+Share = Annotated[float, msgspec.Meta(gt=0.0, le=1.0)]
+Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
+PositiveSeconds = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
+Bytes = Annotated[int, msgspec.Meta(ge=0)]
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+
+DriftKind = Literal["class_mix", "light", "weather", "appearance"]
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of all plain data: immutable, keyword-only, unknown fields refused."""
+
+
+# ---------------------------------------------------------------- streams
+
+
+class DriftEvent(Record, frozen=True, kw_only=True):
+    """A change of a city scene: ``kind`` moves to level ``to`` between ``at_s`` and ``at_s + over_s``.
+
+    ``to`` is kind-specific and checked by the source: class_mix: "commute" | "freight" | "weekend" |
+    "festival"; light: "day" | "dusk" | "night"; weather: "clear" | "rain" | "fog" | "snow";
+    appearance: "summer" | "winter" | "fleet" (vehicle colours and clothing).
+    """
+
+    kind: DriftKind
+    at_s: float
+    to: str
+    over_s: Seconds = 5.0
+
+
+class CitySource(Record, frozen=True, kw_only=True, tag="city"):
+    """A procedural street camera: deterministic in (seed, frame index), ground truth known.
+
+    With an empty ``drift`` a schedule is derived from the seed: one event of a random kind about
+    every ``drift_period_s`` seconds (0 turns drift off).
+    """
+
+    seed: int
+    width: Annotated[int, msgspec.Meta(ge=160, le=1920)] = 640
+    height: Annotated[int, msgspec.Meta(ge=120, le=1080)] = 360
+    num_objects: Annotated[float, msgspec.Meta(gt=0.0, le=60.0)] = 8.0
+    drift: tuple[DriftEvent, ...] = ()
+    drift_period_s: Seconds = 30.0
+
+
+class Clip(Record, frozen=True, kw_only=True):
+    """Frames ``first_frame`` to ``last_frame`` (inclusive, None = to the end) of a video file and its sample list."""
+
+    video: str
+    samples: str
+    first_frame: Annotated[int, msgspec.Meta(ge=0)] = 0
+    last_frame: int | None = None
+
+
+class RecordedSource(Record, frozen=True, kw_only=True, tag="recorded"):
+    """Clips played one after the other and looped into an endless stream.
+
+    ``class_map`` maps COCO ids, written as strings, to class names of the site; an id mapped to ""
+    is dropped; an id that is not listed is an error. Rows below ``min_score`` are dropped.
+    """
+
+    clips: Annotated[tuple[Clip, ...], msgspec.Meta(min_length=1)]
+    class_map: dict[str, str]
+    min_score: Fraction = 0.0
+
+
+Source = CitySource | RecordedSource
+
+
+class GoldenSpec(Record, frozen=True, kw_only=True):
+    """The golden model of a stream. ``oracle`` reads the source's own truth.
+
+    ``error_rate`` is the share of labels replaced by a wrong class (oracle only);
+    ``seconds_per_frame`` the GPU-seconds that labelling one frame costs at speed 1 and share 1. The
+    oracle really burns that time, so that labelling competes with the other jobs.
+    """
+
+    kind: Literal["oracle"] = "oracle"
+    error_rate: Fraction = 0.02
+    seconds_per_frame: Seconds = 0.02
+
+
+class StudentSpec(Record, frozen=True, kw_only=True):
+    """The small model that serves a stream. ``checkpoint`` = "" means: train a first model at start."""
+
+    architecture: Literal["edge_cnn", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"] = "edge_cnn"
+    head_width: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 64
+    checkpoint: str = ""
+
+
+class StreamSpec(Record, frozen=True, kw_only=True):
+    """One video stream and what is wanted of it.
+
+    ``label_fps``: frames per second that the golden model labels. ``exemplars_per_class``: fixed size
+    of the memory against forgetting. ``crop_px``: edge of the square object crops kept for training.
+    """
+
+    stream_id: Name
+    source: Source
+    classes: Annotated[tuple[Name, ...], msgspec.Meta(min_length=2)]
+    fps: Annotated[float, msgspec.Meta(gt=0.0, le=240.0)] = 10.0
+    student: StudentSpec = StudentSpec()
+    golden: GoldenSpec = GoldenSpec()
+    min_accuracy: Fraction = 0.0
+    weight: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
+    label_fps: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
+    exemplars_per_class: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 20
+    crop_px: Annotated[int, msgspec.Meta(ge=16, le=256)] = 64
+
+
+# ---------------------------------------------------------------- configurations
+
+
+class InferenceConfig(Record, frozen=True, kw_only=True):
+    """How a stream is analysed: one frame in ``frame_interval``, crops scaled to ``resolution_px``."""
+
+    config_id: Name
+    frame_interval: PositiveInt = 1
+    resolution_px: Annotated[int, msgspec.Meta(ge=8, le=640)] = 32
+
+
+class RetrainConfig(Record, frozen=True, kw_only=True):
+    """How a student is retrained.
+
+    ``trained_fraction``: share of the backbone's blocks, counted from the output, that is trained
+    besides the head; 0 = head only, 1 = everything. ``head_width``: hidden units of the head, 0 = none.
+    """
+
+    config_id: Name
+    epochs: PositiveInt
+    batch_size: PositiveInt = 32
+    data_fraction: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
+    trained_fraction: Fraction = 1.0
+    head_width: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 64
+    learning_rate: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] = 1e-3
+
+
+# ---------------------------------------------------------------- devices
+
+
+class GpuSpec(Record, frozen=True, kw_only=True):
+    """One GPU as the planner sees it. Capacity is 1 less ``reserved_share`` (kept free for other jobs).
+
+    ``speed`` is relative to the device that costs are stated for. ``share_efficiency`` holds points
+    (share, training throughput at that share / throughput at share 1), ascending; empty = linear.
+    ``memory_bytes`` 0 = unlimited.
+    """
+
+    gpu_id: Name
+    speed: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
+    memory_bytes: Bytes = 0
+    reserved_share: Fraction = 0.0
+    share_efficiency: tuple[tuple[float, float], ...] = ()
+
+
+# ---------------------------------------------------------------- stored things
+
+
+class CheckpointRef(Record, frozen=True, kw_only=True):
+    """A model file below the site's store, with what is needed to trust and to explain it.
+
+    ``path`` is relative to the store. ``version`` counts the models of a stream from 1.
+    """
+
+    path: str
+    sha256: Annotated[str, msgspec.Meta(min_length=64, max_length=64)]
+    stream_id: Name
+    version: PositiveInt
+    retrain_id: str = ""
+    num_bytes: Bytes = 0
+
+
+class DatasetRef(Record, frozen=True, kw_only=True):
+    """Labelled crops of one stream: file below the store, number of crops per split."""
+
+    path: str
+    stream_id: Name
+    window: int
+    num_train: int
+    num_validation: int
+    class_counts: tuple[int, ...]
+
+
+# ---------------------------------------------------------------- results
+
+
+class LabelResult(Record, frozen=True, kw_only=True, tag="labels"):
+    """Golden labels were written. ``class_counts`` is in the order of the stream's classes."""
+
+    dataset: DatasetRef
+    num_frames: int
+    seconds: Seconds
+
+
+class EpochResult(Record, frozen=True, kw_only=True):
+    """Validation accuracy after an epoch (0 = before the first) and the busy seconds that the epoch took."""
+
+    epoch: int
+    accuracy: Fraction
+    loss: float
+    busy_s: Seconds
+
+
+class RetrainTrial(Record, frozen=True, kw_only=True):
+    """One micro-profiling trial: few epochs on a part of the data. ``num_samples`` is per epoch."""
+
+    config: RetrainConfig
+    num_samples: int
+    total_samples: int
+    startup_s: Seconds
+    epochs: tuple[EpochResult, ...]
+    memory_bytes: Bytes = 0
+
+
+class InferenceTrial(Record, frozen=True, kw_only=True):
+    """One inference configuration measured on labelled frames.
+
+    ``busy_s_per_frame``: busy seconds at share 1 per *stream* frame (skipped frames included), so
+    that fps times it is the GPU share needed. ``accuracy``: mean frame accuracy, skipped frames
+    carrying the last result over; ``num_frames``: stream frames looked at.
+    """
+
+    config: InferenceConfig
+    busy_s_per_frame: Seconds
+    accuracy: Fraction
+    num_frames: int
+    memory_bytes: Bytes = 0
+
+
+class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
+    """All trials of one stream's profiling job. ``accuracy_now``: serving model on the validation split."""
+
+    stream_id: Name
+    window: int
+    accuracy_now: Fraction
+    retrain: tuple[RetrainTrial, ...]
+    inference: tuple[InferenceTrial, ...]
+    seconds: Seconds
+
+
+class RetrainResult(Record, frozen=True, kw_only=True, tag="retraining"):
+    """A retraining ended. Accuracies are on the same held-out split, before and after.
+
+    ``checkpoint`` is None when nothing usable came out; ``reason`` then says why.
+    """
+
+    stream_id: Name
+    window: int
+    config: RetrainConfig
+    checkpoint: CheckpointRef | None
+    accuracy_before: Fraction
+    accuracy_after: Fraction
+    num_validation: int
+    epochs: tuple[EpochResult, ...]
+    busy_s: Seconds
+    seconds: Seconds
+    reason: str = ""
