@@ -1,0 +1,1 @@
+"""Student models: inference, labelling, exemplar memory, retraining, checkpoints. Home of torch."""

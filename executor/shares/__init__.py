@@ -1,0 +1,1 @@
+"""How a share of a GPU is granted, resized, released and observed. Home of NVML and MPS."""
