@@ -106,6 +106,7 @@ class StudentSpec(Record, frozen=True, kw_only=True):
 class StreamSpec(Record, frozen=True, kw_only=True):
     """One video stream and what is wanted of it.
 
+    ``start_s``: the stream's own time when the site's clock starts; the first model is trained on what lies before it.
     ``label_fps``: frames per second that the golden model labels. ``exemplars_per_class``: fixed size
     of the memory against forgetting. ``crop_px``: edge of the square object crops kept for training.
     """
@@ -114,6 +115,7 @@ class StreamSpec(Record, frozen=True, kw_only=True):
     source: Source
     classes: Annotated[tuple[Name, ...], msgspec.Meta(min_length=2)]
     fps: Annotated[float, msgspec.Meta(gt=0.0, le=240.0)] = 10.0
+    start_s: float = 0.0
     student: StudentSpec = StudentSpec()
     golden: GoldenSpec = GoldenSpec()
     min_accuracy: Fraction = 0.0

@@ -1,0 +1,238 @@
+"""The site file: TOML, decoded strictly. A mistake names the file, the key and what is allowed."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Union
+
+import msgspec
+
+from protocol.errors import ConfigError
+from protocol.schema import (
+    Fraction,
+    InferenceConfig,
+    Name,
+    PositiveInt,
+    PositiveSeconds,
+    Record,
+    RecordedSource,
+    RetrainConfig,
+    Seconds,
+    Share,
+    StreamSpec,
+)
+
+
+class BootstrapConfig(Record, frozen=True, kw_only=True):
+    """How the first model of a stream without a checkpoint is trained.
+
+    ``seconds``: length of stream time before the start that is labelled. ``label_fps`` overrides the
+    stream's label rate for it. Trained from scratch, all layers.
+    """
+
+    seconds: PositiveSeconds = 60.0
+    label_fps: Annotated[float, msgspec.Meta(gt=0.0)] = 2.0
+    epochs: PositiveInt = 12
+    batch_size: PositiveInt = 32
+    learning_rate: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] = 2e-3
+
+
+class ProfilingConfig(Record, frozen=True, kw_only=True):
+    """Labelling and micro-profiling at the start of a window.
+
+    ``label_span``: the last part of the previous window, as a fraction of it, that is labelled.
+    ``share``: GPU share kept for it on every GPU while it lasts. ``limit``: it is cut off after this
+    fraction of the window. ``data_share``: part of the labelled data a trial trains on.
+    """
+
+    label_span: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.6
+    share: Share = 0.4
+    limit: Annotated[float, msgspec.Meta(gt=0.0, lt=1.0)] = 0.4
+    data_share: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.1
+    num_epochs: PositiveInt = 3
+    budget_gpu_s: PositiveSeconds = 2.0
+
+
+class GateConfig(Record, frozen=True, kw_only=True):
+    """A retrained model goes live only if it is better on held-out labels by more than ``margin``."""
+
+    margin: Fraction = 0.01
+
+
+class SiteConfig(Record, frozen=True, kw_only=True):
+    """A site: its streams, the configurations to choose from, and how its windows are planned.
+
+    ``deadline_s``: a plan is there this long after it was asked for, whatever the solver does.
+    ``min_executors``: the first window waits for so many. ``replan_s``: with less than this left in a
+    window nothing is planned anew. ``heartbeat_s`` and ``silence_s``: an executor that is silent for
+    ``silence_s`` counts as lost.
+    """
+
+    name: Name
+    streams: Annotated[tuple[StreamSpec, ...], msgspec.Meta(min_length=1)]
+    inference: Annotated[tuple[InferenceConfig, ...], msgspec.Meta(min_length=1)]
+    retrain: tuple[RetrainConfig, ...] = ()
+    window_s: Annotated[float, msgspec.Meta(ge=5.0, le=86400.0)] = 200.0
+    policy: str = "milp"
+    share_quantum: Share = 0.1
+    deadline_s: PositiveSeconds = 1.0
+    replan_s: Seconds = 3.0
+    min_executors: PositiveInt = 1
+    heartbeat_s: PositiveSeconds = 0.5
+    silence_s: PositiveSeconds = 3.0
+    control: str = "tcp://127.0.0.1:5760"
+    telemetry: str = "tcp://127.0.0.1:*"
+    bootstrap: BootstrapConfig = BootstrapConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
+    gate: GateConfig = GateConfig()
+
+
+def load_site(path: Path) -> SiteConfig:
+    """Read a site file. Paths of videos and sample lists are relative to the file.
+
+    A table ``[stream_defaults]`` gives values for every stream that does not set them itself.
+
+    Raises:
+        ConfigError: the file is missing, is not TOML, or a key or value is wrong.
+    """
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror or error}); give the path of a site file") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: is not UTF-8 text; a site file is TOML") from None
+    try:
+        raw = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: is not valid TOML: {error}") from None
+    return parse_site(raw, str(path), path.parent)
+
+
+def parse_site(raw: dict[str, Any], origin: str, folder: Path) -> SiteConfig:
+    """Check a decoded site file; ``origin`` names it in errors, ``folder`` is where its paths start.
+
+    Raises:
+        ConfigError: naming the key and what is allowed.
+    """
+    merged = _with_defaults(raw, origin)
+    try:
+        site = msgspec.convert(merged, SiteConfig, strict=True)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{origin}: {_explain(str(error))}") from None
+    site = msgspec.structs.replace(site, streams=tuple(_absolute(stream, folder) for stream in site.streams))
+    _check(site, origin)
+    return site
+
+
+def _with_defaults(raw: dict[str, Any], origin: str) -> dict[str, Any]:
+    merged = dict(raw)
+    defaults = merged.pop("stream_defaults", {})
+    if not isinstance(defaults, dict):
+        raise ConfigError(f"{origin}: stream_defaults must be a table of stream fields")
+    streams = merged.get("streams")
+    if isinstance(streams, list):
+        merged["streams"] = [defaults | stream if isinstance(stream, dict) else stream for stream in streams]
+    return merged
+
+
+def _absolute(stream: StreamSpec, folder: Path) -> StreamSpec:
+    def resolve(path: str) -> str:
+        return str((folder / path).resolve())
+
+    student = stream.student
+    if student.checkpoint:
+        student = msgspec.structs.replace(student, checkpoint=resolve(student.checkpoint))
+    source = stream.source
+    if isinstance(source, RecordedSource):
+        clips = tuple(
+            msgspec.structs.replace(c, video=resolve(c.video), samples=resolve(c.samples)) for c in source.clips
+        )
+        source = msgspec.structs.replace(source, clips=clips)
+    return msgspec.structs.replace(stream, source=source, student=student)
+
+
+def _check(site: SiteConfig, origin: str) -> None:
+    def unique(key: str, names: list[str]) -> None:
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"{origin}: {key} {name!r} is used twice; every {key} must be its own")
+
+    unique("streams.stream_id", [s.stream_id for s in site.streams])
+    unique("inference.config_id", [c.config_id for c in site.inference])
+    unique("retrain.config_id", [c.config_id for c in site.retrain])
+    for stream in site.streams:
+        where = f"{origin}: stream {stream.stream_id!r}"
+        if len(set(stream.classes)) < len(stream.classes):
+            raise ConfigError(f"{where}: classes must differ from one another")
+        if isinstance(stream.source, RecordedSource):
+            for coco, name in stream.source.class_map.items():
+                if name and name not in stream.classes:
+                    allowed = ", ".join(stream.classes)
+                    raise ConfigError(f"{where}: class_map {coco!r} = {name!r} is no class of it; allowed: {allowed}")
+        for config in site.inference:
+            if config.resolution_px > stream.crop_px:
+                raise ConfigError(
+                    f"{where}: inference configuration {config.config_id!r} wants {config.resolution_px} px, "
+                    f"more than the stream's crop_px = {stream.crop_px}; raise crop_px or lower resolution_px"
+                )
+    if site.profiling.share >= 1.0:
+        raise ConfigError(f"{origin}: profiling.share must be below 1, or nothing is left for serving")
+    if site.silence_s < 2 * site.heartbeat_s:
+        raise ConfigError(f"{origin}: silence_s must be at least twice heartbeat_s")
+
+
+# ---------------------------------------------------------------- explaining a validation error
+
+
+def _explain(text: str) -> str:
+    """Turn "... - at `$.streams[0].fps`" into "streams[0].fps: ...", with the allowed keys where a key is unknown."""
+    match = re.fullmatch(r"(?s)(.*?)(?: - at `(?:key in )?\$\.?([^`]*)`)?", text)
+    assert match is not None
+    what, where = match[1], match[2] or ""
+    unknown = re.search(r"unknown field `([^`]*)`", what)
+    if unknown:
+        keys = ", ".join(sorted(_keys_at(where)))
+        place = f" in {where}" if where else ""
+        return f"unknown key {unknown[1]!r}{place}; allowed: {keys}"
+    missing = re.search(r"missing required field `([^`]*)`", what)
+    if missing:
+        return f"{where + '.' if where else ''}{missing[1]} is missing"
+    return f"{where}: {what[:1].lower()}{what[1:]}" if where else what
+
+
+def _keys_at(where: str) -> set[str]:
+    kinds: list[Any] = [SiteConfig]
+    for part in re.findall(r"[A-Za-z_]\w*|\[[^\]]*\]", where):
+        if part.startswith("["):
+            kinds = [arg for kind in kinds for arg in typing.get_args(kind) if arg is not Ellipsis]
+        else:
+            kinds = [
+                field.type
+                for kind in kinds
+                for field in (msgspec.structs.fields(kind) if _is_struct(kind) else ())
+                if field.name == part
+            ]
+        kinds = [leaf for kind in kinds for leaf in _leaves(kind)]
+    keys = {field.name for kind in kinds if _is_struct(kind) for field in msgspec.structs.fields(kind)}
+    if len(kinds) > 1 or (kinds and getattr(kinds[0], "__struct_config__", None) and kinds[0].__struct_config__.tag):
+        keys.add("type")
+    if kinds == [SiteConfig]:
+        keys.add("stream_defaults")
+    return keys
+
+
+def _leaves(kind: Any) -> list[Any]:
+    origin = typing.get_origin(kind)
+    if origin is Annotated:
+        return _leaves(typing.get_args(kind)[0])
+    if origin in (Union, types.UnionType):
+        return [leaf for arg in typing.get_args(kind) for leaf in _leaves(arg)]
+    return [kind]
+
+
+def _is_struct(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
