@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-import msgspec
-
+from protocol.events import TelemetryEvent
 from protocol.plan import PlanVersion
 from protocol.schema import (
     Bytes,
@@ -260,14 +259,23 @@ class SnapshotRequest(Record, frozen=True, kw_only=True, tag="snapshot_request")
 
 
 class Snapshot(Record, frozen=True, kw_only=True, tag="snapshot"):
-    """The newest event of every (kind, subject), and the hub's sequence number per publisher at that time."""
+    """The newest event of every (kind, subject), and the hub's sequence number per publisher at that time.
+
+    ``telemetry_address``: where clients subscribe; a wildcard host stands for the host that was asked.
+    """
 
     protocol_version: int
     site: str
     term: int
     window: int
     sequence: dict[str, int]
-    events: tuple[msgspec.Raw, ...]
+    events: tuple[TelemetryEvent, ...]
+    telemetry_address: str = ""
 
 
 Client = SnapshotRequest
+
+# ---------------------------------------------------------------- what each end of a control connection receives
+
+ToServer = Up | Client
+ToClient = Down | Snapshot
