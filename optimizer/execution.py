@@ -1,0 +1,86 @@
+"""Arithmetic of the execution model (rules 1 and 2 of ``protocol.plan``) that judge and policies share.
+
+Shares are handled as whole numbers of share quanta, so that sums of shares are exact. All functions
+are pure; shares are fractions of one GPU, times are in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+
+from protocol.plan import InferenceProfile, Problem, RetrainProfile
+from protocol.schema import GpuSpec
+
+TOLERANCE = 1e-6  # of one quantum: forgives the rounding of a share that was written as a decimal
+
+
+def quanta_per_gpu(quantum: float) -> int:
+    """Whole quanta in one GPU (n = 1 / delta, rounded down when the quantum does not divide 1)."""
+    return max(1, math.floor(1.0 / quantum + TOLERANCE))
+
+
+def capacity_quanta(gpu: GpuSpec, quantum: float) -> int:
+    """Quanta of ``gpu`` that may be handed out: what its reserved share leaves, rounded down."""
+    return max(0, math.floor((1.0 - gpu.reserved_share) / quantum + TOLERANCE))
+
+
+def share_of(quanta: int, quantum: float) -> float:
+    """The share that ``quanta`` stand for, free of the dust of binary fractions."""
+    return min(1.0, round(quanta * quantum, 9))
+
+
+def quanta_of(share: float, quantum: float) -> int | None:
+    """The number of quanta in ``share``, or None when it is not a whole number of them."""
+    quanta = round(share / quantum)
+    return quanta if abs(share / quantum - quanta) <= TOLERANCE else None
+
+
+def needed_quanta(profile: InferenceProfile, gpu: GpuSpec, quantum: float) -> int:
+    """Quanta that keep ``profile`` up with the live stream on ``gpu``: d(v, lambda, g), rounded up.
+
+    May exceed the GPU's capacity; the configuration cannot be used there then.
+    """
+    return max(1, math.ceil(profile.gpu_share_needed / (gpu.speed * quantum) - TOLERANCE))
+
+
+def share_efficiency(gpu: GpuSpec, share: float) -> float:
+    """phi_g(share): training throughput at ``share`` over throughput at share 1.
+
+    Linear between the measured points, and from (0, 0) and to (1, 1) where these do not reach.
+    """
+    left_share, left = 0.0, 0.0
+    for point_share, point in gpu.share_efficiency:
+        if share <= point_share:
+            return left + (point - left) * (share - left_share) / (point_share - left_share)
+        left_share, left = point_share, point
+    if left_share >= 1.0:
+        return left
+    return left + (1.0 - left) * (share - left_share) / (1.0 - left_share)
+
+
+def retrain_seconds(profile: RetrainProfile, gpu: GpuSpec, share: float) -> float:
+    """Seconds from start to end of a retraining at ``share`` of ``gpu``: c / (s_g * phi_g(share))."""
+    rate = gpu.speed * share_efficiency(gpu, share)
+    return profile.gpu_seconds / rate if rate > 0.0 else math.inf
+
+
+def fastest_retrain_seconds(profile: RetrainProfile, gpu: GpuSpec, quantum: float) -> float:
+    """Seconds that a retraining takes on ``gpu`` at the share where it is fastest."""
+    shares = (share_of(quanta, quantum) for quanta in range(1, capacity_quanta(gpu, quantum) + 1))
+    return min((retrain_seconds(profile, gpu, share) for share in shares), default=math.inf)
+
+
+def fits(profile: InferenceProfile, gpu: GpuSpec, quantum: float) -> bool:
+    """Whether ``profile`` can be served on ``gpu`` when it has the GPU for itself."""
+    if gpu.memory_bytes and profile.memory_bytes > gpu.memory_bytes:
+        return False
+    return needed_quanta(profile, gpu, quantum) <= capacity_quanta(gpu, quantum)
+
+
+def gpu_classes(problem: Problem) -> tuple[tuple[GpuSpec, tuple[int, ...]], ...]:
+    """Groups of interchangeable GPUs: (one of them, positions of all of them), in order of first appearance."""
+    groups: dict[tuple[object, ...], list[int]] = {}
+    for position, gpu in enumerate(problem.gpus):
+        key = (gpu.speed, gpu.memory_bytes, capacity_quanta(gpu, problem.share_quantum), gpu.share_efficiency)
+        groups.setdefault(key, []).append(position)
+    return tuple((problem.gpus[positions[0]], tuple(positions)) for positions in groups.values())
