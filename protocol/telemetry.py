@@ -202,8 +202,8 @@ class Hub:
         self.forwarded = 0
         self._on_event = on_event
         self._max_topics = max_topics
-        self._last: OrderedDict[tuple[bytes, str], TelemetryEvent] = OrderedDict()
-        self._notices: deque[Notice] = deque(maxlen=max_notices)
+        self._last: OrderedDict[tuple[bytes, str], tuple[TelemetryEvent, int]] = OrderedDict()
+        self._notices: deque[tuple[TelemetryEvent, int]] = deque(maxlen=max_notices)
         self._sequence: OrderedDict[str, int] = OrderedDict()
         self._limiter = RateLimiter()
 
@@ -239,8 +239,8 @@ class Hub:
         """The newest event per kind and subject, oldest first, within the size of one message."""
         events: list[TelemetryEvent] = []
         room = codec.MAX_DOWN_BYTES // 2
-        for event in [*self._notices, *self._last.values()][::-1]:
-            room -= len(codec.encode(event))
+        for event, num_bytes in [*self._notices, *self._last.values()][::-1]:
+            room -= num_bytes
             if room < 0:
                 break
             events.append(event)
@@ -274,17 +274,17 @@ class Hub:
         self._sequence.move_to_end(stamped.publisher)
         while len(self._sequence) > _MAX_PUBLISHERS:
             self._sequence.popitem(last=False)
-        self._remember(stamped)
+        self._remember(stamped, len(frames[2]))
         self.forwarded += 1
         self._clients.send_multipart(frames, zmq.NOBLOCK)
         if self._on_event is not None:
             self._on_event(stamped.event)
 
-    def _remember(self, stamped: Stamped) -> None:
+    def _remember(self, stamped: Stamped, num_bytes: int) -> None:
         event, detail = stamped.event, ""
         match event:
             case Notice():
-                self._notices.append(event)
+                self._notices.append((event, num_bytes))
                 return
             case JobShare():
                 detail = event.job_id
@@ -293,10 +293,10 @@ class Hub:
                 if event.change in _ENDED:
                     self._last.pop((f"job_share/{event.stream_id}".encode(), event.job_id), None)
             case ExecutorChanged() if event.change in ("lost", "left"):
-                gone = [k for k, v in self._last.items() if isinstance(v, JobShare) and v.gpu_id == event.gpu_id]
+                gone = [k for k, (v, _) in self._last.items() if isinstance(v, JobShare) and v.gpu_id == event.gpu_id]
                 for key in gone:
                     del self._last[key]
-        self._last[stamped.topic, detail] = event
+        self._last[stamped.topic, detail] = event, num_bytes
         self._last.move_to_end((stamped.topic, detail))
         while len(self._last) > self._max_topics:
             self._last.popitem(last=False)
@@ -342,7 +342,8 @@ class Subscriber:
         request_interval_s: float = 1.0,
         silence_s: float = 5.0,
     ) -> None:
-        """``control_address`` "" = no snapshots; then ``telemetry_address`` is needed. ``prefixes`` of topics
+        """``control_address`` "" = no snapshots; then ``telemetry_address`` is needed, which otherwise
+        overrides the one in the snapshot (for a tunnel). ``prefixes`` of topics
         (see `topic_of`). After ``silence_s`` without an event a snapshot finds out whether somebody is there."""
         if not control_address and not telemetry_address:
             raise ValueError("a control address or a telemetry address is needed")
@@ -352,6 +353,7 @@ class Subscriber:
         self.malformed = 0
         self.snapshots = 0
         self.site = ""
+        self._pinned = bool(telemetry_address)
         self._prefixes = tuple(prefix.encode() for prefix in prefixes)
         self._everything = b"" in self._prefixes
         self._clock = clock
@@ -484,7 +486,7 @@ class Subscriber:
                 self._pending.append(Received(event, "", 0, 0, True))
         address = sockets.seen_from(snapshot.telemetry_address, self.control_address)
         self._due_s = float("inf")
-        if address and address != self.telemetry_address:
+        if address and address != self.telemetry_address and not self._pinned:
             self._subscribe(address)
             # Nothing tells when the subscription has reached the hub; what falls in between is in a second snapshot.
             self._due_s = self._clock() + 0.5
