@@ -1,0 +1,143 @@
+"""What past windows teach: bias and spread of estimates, cost ratios, the gap between validation and live accuracy.
+
+All are weighted means over past errors, newest first, shrunk towards "no correction" as if ``PRIOR_STRENGTH``
+unbiased observations had been made before: one odd window moves little, a steady error is unlearned in a few.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from profiler.costs import group_key
+from profiler.records import ConfigEstimate, Outcome, StreamHistory, WindowHistory
+from protocol.schema import Record, RetrainConfig
+
+DECAY = 0.8
+PRIOR_STRENGTH = 2.0
+MAX_LIVE_CORRECTION = 0.2
+MAX_COST_RATIO = 4.0
+# How far the accuracy that one configuration reaches wanders from window to window before much is known.
+LEVEL_DRIFT = 0.08
+
+
+class AccuracyCorrection(Record, frozen=True, kw_only=True):
+    """Mean error of the curves' estimates (realised less estimated) and their spread.
+
+    ``spread`` None = no outcome yet. ``level``: accuracy that this very configuration reached in past
+    windows and its standard error, None when it never ran.
+    """
+
+    bias: float
+    spread: float | None
+    weight: float
+    level: tuple[float, float] | None
+
+
+def shrunk_mean(pairs: Iterable[tuple[float, float]], strength: float = PRIOR_STRENGTH) -> tuple[float, float]:
+    """Mean of (value, weight) pairs shrunk to 0, and the sum of weights."""
+    total, weights = 0.0, 0.0
+    for value, weight in pairs:
+        total += value * weight
+        weights += weight
+    return total / (weights + strength), weights
+
+
+def live_correction(history: StreamHistory) -> float:
+    """Live accuracy less what was predicted without a correction, from closed windows; shrunk and bounded.
+
+    Validation crops come from the window before and are labelled by an imperfect golden model, live frames are
+    what comes next: the two differ by a stream's own habit, which this learns.
+    """
+    errors = []
+    for age, window in enumerate(reversed(history.windows)):
+        if window.realised is None or window.predicted is None:
+            continue
+        applied = window.estimate.live_correction if window.estimate is not None else 0.0
+        errors.append((window.realised - (window.predicted - applied), DECAY**age))
+    correction, _ = shrunk_mean(errors)
+    return max(-MAX_LIVE_CORRECTION, min(MAX_LIVE_CORRECTION, correction))
+
+
+def accuracy_correction(config: RetrainConfig, history: StreamHistory) -> AccuracyCorrection:
+    """How estimates of ``config``'s accuracy erred: first over all of the stream's outcomes, then its group's rest."""
+    key = group_key(config)
+    errors: list[tuple[float, float]] = []
+    own: list[tuple[float, float]] = []
+    levels: list[tuple[float, float]] = []
+    for age, window in enumerate(reversed(history.windows)):
+        for outcome in window.outcomes:
+            reached = reached_accuracy(outcome)
+            if reached is None:
+                continue
+            weight = DECAY**age
+            if outcome.result.config == config:
+                levels.append((reached, weight))
+            before = _estimated(window, outcome)
+            if before is None:
+                continue
+            error = reached - before.curve_accuracy
+            errors.append((error, weight))
+            if group_key(outcome.result.config) == key:
+                own.append((error, weight))
+    pooled, weights = shrunk_mean(errors)
+    rest, _ = shrunk_mean((error - pooled, weight) for error, weight in own)
+    bias = pooled + rest
+    spread = None
+    if errors:
+        spread = math.sqrt(sum(w * (e - bias) ** 2 for e, w in errors) / weights)
+    return AccuracyCorrection(bias=bias, spread=spread, weight=weights, level=_level(levels))
+
+
+def cost_ratio(config: RetrainConfig, history: StreamHistory) -> float:
+    """Realised over predicted GPU-seconds (geometric mean, shrunk to 1), the stream's and then the group's."""
+    key = group_key(config)
+    errors: list[tuple[float, float]] = []
+    own: list[tuple[float, float]] = []
+    for age, window in enumerate(reversed(history.windows)):
+        for outcome in window.outcomes:
+            before = _estimated(window, outcome)
+            if before is None or not _all_epochs_done(outcome) or outcome.result.busy_s <= 0.0:
+                continue
+            error = (math.log(outcome.result.busy_s / before.base_gpu_seconds), DECAY**age)
+            errors.append(error)
+            if group_key(outcome.result.config) == key:
+                own.append(error)
+    # Costs are nearly deterministic, so a single observation is trusted more than one of accuracy.
+    pooled, _ = shrunk_mean(errors, 0.5)
+    rest, _ = shrunk_mean(((error - pooled, weight) for error, weight in own), 0.5)
+    bound = math.log(MAX_COST_RATIO)
+    return math.exp(max(-bound, min(bound, pooled + rest)))
+
+
+def reached_accuracy(outcome: Outcome) -> float | None:
+    """Held-out accuracy that the retraining was worth; None when it says nothing about the configuration.
+
+    A retraining cut short tells nothing; one that diverged was worth what served before it.
+    """
+    result = outcome.result
+    if any(not math.isfinite(epoch.loss) for epoch in result.epochs):
+        return result.accuracy_before
+    if result.checkpoint is None or not _all_epochs_done(outcome):
+        return None
+    return result.accuracy_after
+
+
+def _all_epochs_done(outcome: Outcome) -> bool:
+    return max((e.epoch for e in outcome.result.epochs), default=0) >= outcome.result.config.epochs
+
+
+def _estimated(window: WindowHistory, outcome: Outcome) -> ConfigEstimate | None:
+    if window.estimate is None:
+        return None
+    return next((row for row in window.estimate.retrain if row.config == outcome.result.config), None)
+
+
+def _level(levels: list[tuple[float, float]]) -> tuple[float, float] | None:
+    weights = sum(weight for _, weight in levels)
+    if weights <= 0.0:
+        return None
+    mean = sum(value * weight for value, weight in levels) / weights
+    variance = (LEVEL_DRIFT**2 + sum(w * (v - mean) ** 2 for v, w in levels)) / (1.0 + weights)
+    # The next window is a new draw: its own spread does not shrink with the number of past ones.
+    return mean, math.sqrt(variance * (1.0 + 1.0 / weights))

@@ -1,0 +1,98 @@
+"""Retraining cost: GPU-seconds of a configuration from the busy seconds of short trials.
+
+Model:  c = startup + epochs * (seconds_per_sample * data_fraction * num_train + validation_s)
+
+A retraining's cost is linear in epochs and samples (NSDI 2022 section 4.3 scales a trial's seconds the same way).
+Configurations that differ only in epochs and data fraction share seconds_per_sample.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+
+import numpy as np
+
+from protocol.schema import Record, RetrainConfig, RetrainTrial
+
+# What makes one optimisation step of one sample: (batch size, trained fraction, head width, learning rate).
+GroupKey = tuple[int, float, int, float]
+
+MIN_GPU_SECONDS = 1e-3
+# A forward pass costs one unit; the backward pass of the trained part about two more.
+BACKWARD_UNITS = 2.0
+
+
+def group_key(config: RetrainConfig) -> GroupKey:
+    """Configurations with the same key differ only in epochs and data fraction and share one trial."""
+    return (config.batch_size, config.trained_fraction, config.head_width, config.learning_rate)
+
+
+class CostModel(Record, frozen=True, kw_only=True):
+    """Costs of one group, busy seconds at share 1 on a GPU of speed 1."""
+
+    startup_s: float
+    seconds_per_sample: float
+    validation_s: float
+
+    def gpu_seconds(self, config: RetrainConfig, num_train: int) -> float:
+        """Expected GPU-seconds of a retraining on ``num_train`` samples; always positive."""
+        per_epoch = self.seconds_per_sample * config.data_fraction * num_train + self.validation_s
+        return max(self.startup_s + config.epochs * per_epoch, MIN_GPU_SECONDS)
+
+    def trial_seconds(self, num_samples: int, num_epochs: int) -> float:
+        """Expected GPU-seconds of a trial on ``num_samples`` samples, the validation before it included."""
+        per_epoch = self.seconds_per_sample * num_samples + self.validation_s
+        return self.startup_s + self.validation_s + num_epochs * per_epoch
+
+
+def cost_model(trial: RetrainTrial) -> CostModel | None:
+    """Costs seen in a trial, None when it holds no finished epoch with a positive time.
+
+    The result of epoch 0 times the validation alone, that of a later epoch training and validation. The median
+    over epochs keeps one descheduled epoch from counting.
+    """
+    trained = [e.busy_s for e in trial.epochs if e.epoch > 0 and e.busy_s > 0.0]
+    if not trained or trial.num_samples <= 0:
+        return None
+    epoch_s = statistics.median(trained)
+    validation_s = statistics.median([e.busy_s for e in trial.epochs if e.epoch == 0] or [0.0])
+    # On tiny trials the first validation may hold warm-up and exceed a whole epoch: then it says nothing.
+    validation_s = min(validation_s, 0.5 * epoch_s)
+    return CostModel(
+        startup_s=trial.startup_s,
+        seconds_per_sample=(epoch_s - validation_s) / trial.num_samples,
+        validation_s=validation_s,
+    )
+
+
+def neighbour_cost(key: GroupKey, measured: Mapping[GroupKey, CostModel]) -> CostModel | None:
+    """Costs of a group that was never measured: seconds per sample linear in the trained fraction.
+
+    None when nothing was measured. With a single trained fraction measured, forward and backward units give the slope.
+    """
+    if not measured:
+        return None
+    fractions = np.array([k[1] for k in measured])
+    seconds = np.array([m.seconds_per_sample for m in measured.values()])
+    if float(np.ptp(fractions)) > 1e-9:
+        slope, base = np.polyfit(fractions, seconds, 1)
+        predicted = float(base + slope * key[1])
+    else:
+        predicted = float(np.mean(seconds) * (1.0 + BACKWARD_UNITS * key[1]) / (1.0 + BACKWARD_UNITS * fractions[0]))
+    return CostModel(
+        startup_s=statistics.median(m.startup_s for m in measured.values()),
+        seconds_per_sample=max(predicted, 0.25 * float(seconds.min())),
+        validation_s=statistics.median(m.validation_s for m in measured.values()),
+    )
+
+
+def key_distance(a: GroupKey, b: GroupKey) -> float:
+    """How unlike two groups are; 0 = the same. One unit is about a doubling of a knob or half of the backbone."""
+    return (
+        abs(math.log2(a[0] / b[0]))
+        + 2.0 * abs(a[1] - b[1])
+        + 0.5 * abs(math.log2((a[2] + 1) / (b[2] + 1)))
+        + abs(math.log2(a[3] / b[3]))
+    )

@@ -1,0 +1,195 @@
+"""Which configurations to try in this window, on how much data, for how long.
+
+Micro-profiling takes a small sample of the window's labelled data, few epochs, and leaves out configurations that
+history shows far from the Pareto front of cost and accuracy (NSDI 2022 section 4.3). Beyond the paper: a floor on
+the sample size, one trial for all configurations that differ only in epochs and data fraction, a budget in
+GPU-seconds, and pruned configurations come back after a while or when accuracy has fallen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from profiler.costs import CostModel, GroupKey, cost_model, group_key, neighbour_cost
+from profiler.records import StreamHistory, TrialChoice, WindowHistory
+from protocol.schema import DatasetRef, InferenceConfig, Record, RetrainConfig
+
+
+class TrialKnobs(Record, frozen=True, kw_only=True):
+    """How much to try.
+
+    ``data_share``: part of the training split (0.05 to 0.1 in the paper); ``min_samples``: but never fewer than
+    this, where there are as many. ``max_epochs``/``min_epochs``: epochs of a trial, the latter when the budget is
+    tight. ``max_frames``/``min_frames``: frames that inference configurations are measured on. ``prune_margin``:
+    a group is pruned when another one reaches this much more accuracy for no more cost. ``revive_after``:
+    windows after which a pruned group is tried again. ``accuracy_drop``: fall of the realised accuracy against
+    the mean of the earlier windows that revives all.
+    """
+
+    data_share: float = 0.1
+    min_samples: int = 48
+    max_epochs: int = 4
+    min_epochs: int = 2
+    max_frames: int = 100
+    min_frames: int = 30
+    prune_margin: float = 0.04
+    revive_after: int = 4
+    accuracy_drop: float = 0.05
+
+
+def choose_trials(
+    retrain: Sequence[RetrainConfig],
+    inference: Sequence[InferenceConfig],
+    dataset: DatasetRef,
+    history: StreamHistory,
+    *,
+    budget_gpu_s: float,
+    knobs: TrialKnobs | None = None,
+) -> TrialChoice:
+    """Choose this window's trials within ``budget_gpu_s`` busy seconds at share 1 (may be ``inf``).
+
+    Without any trial in ``history`` everything is tried whatever the budget, as nothing is known about costs. Of
+    each group that shares a trial the configuration with the most epochs stands for all. Retraining trials come
+    before inference measurements; within them, groups longest without a trial first, then those nearest to the
+    front. Epochs are cut before groups are. An empty data set gives no retraining trials. Raises ValueError for
+    a negative or NaN budget.
+    """
+    knobs = knobs or TrialKnobs()
+    if not budget_gpu_s >= 0.0:
+        raise ValueError(f"budget_gpu_s must be 0 or more, not {budget_gpu_s}")
+    num_samples = min(dataset.num_train, max(math.ceil(knobs.data_share * dataset.num_train), knobs.min_samples))
+    groups = _representatives(retrain) if num_samples > 0 else {}
+    longest = max((config.epochs for config in retrain), default=1)
+    epochs = max(min(knobs.max_epochs, longest), 1)
+    share = num_samples / dataset.num_train if dataset.num_train > 0 else 0.0
+    costs = _known_costs(history)
+    if not costs or not any(w.trial is not None and w.trial.inference for w in history.windows):
+        return TrialChoice(
+            retrain=tuple(groups.values()),
+            inference=tuple(inference),
+            data_share=share,
+            num_epochs=epochs,
+            num_frames=knobs.max_frames,
+        )
+
+    pruned = set() if _accuracy_fell(history, knobs) else _far_from_front(groups, history, knobs)
+    order = sorted((k for k in groups if k not in pruned), key=lambda k: (-_age(k, history), -_promise(k, history)))
+    for num_epochs in dict.fromkeys((epochs, max(min(knobs.min_epochs, epochs), 1))):
+        chosen, spent = _fill(order, costs, num_samples, num_epochs, budget_gpu_s)
+        if len(chosen) == len(order):
+            break
+    frames, measured_s = _frames_for(inference, history, budget_gpu_s - spent, knobs)
+    return TrialChoice(
+        retrain=tuple(groups[key] for key in chosen),
+        inference=tuple(inference) if frames else (),
+        data_share=share if chosen else 0.0,
+        num_epochs=num_epochs,
+        num_frames=frames,
+        gpu_seconds=spent + measured_s,
+        pruned=tuple(c.config_id for c in retrain if group_key(c) in pruned),
+        postponed=tuple(c.config_id for c in retrain if group_key(c) in set(order) - set(chosen)),
+    )
+
+
+def _representatives(retrain: Sequence[RetrainConfig]) -> dict[GroupKey, RetrainConfig]:
+    groups: dict[GroupKey, RetrainConfig] = {}
+    for config in retrain:
+        key = group_key(config)
+        if key not in groups or (config.epochs, config.data_fraction) > (groups[key].epochs, groups[key].data_fraction):
+            groups[key] = config
+    return groups
+
+
+def _known_costs(history: StreamHistory) -> dict[GroupKey, CostModel]:
+    costs: dict[GroupKey, CostModel] = {}
+    for window in history.windows:
+        for row in window.trial.retrain if window.trial is not None else ():
+            cost = cost_model(row)
+            if cost is not None:
+                costs[group_key(row.config)] = cost
+    return costs
+
+
+def _fill(
+    order: Sequence[GroupKey], costs: dict[GroupKey, CostModel], num_samples: int, num_epochs: int, budget: float
+) -> tuple[list[GroupKey], float]:
+    chosen: list[GroupKey] = []
+    spent = 0.0
+    for key in order:
+        cost = costs.get(key) or neighbour_cost(key, costs)
+        seconds = cost.trial_seconds(num_samples, num_epochs) if cost is not None else math.inf
+        if spent + seconds <= budget:
+            chosen.append(key)
+            spent += seconds
+    return chosen, spent
+
+
+def _frames_for(
+    inference: Sequence[InferenceConfig], history: StreamHistory, budget: float, knobs: TrialKnobs
+) -> tuple[int, float]:
+    """Frames to measure every inference configuration on and the seconds that takes; (0, 0) = keep the last."""
+    busy: dict[InferenceConfig, float] = {}
+    for window in history.windows:
+        for row in window.trial.inference if window.trial is not None else ():
+            busy[row.config] = row.busy_s_per_frame
+    if not inference or not busy:
+        return 0, 0.0
+    per_frame = sum(busy.get(config, max(busy.values())) for config in inference)
+    unknown = any(config not in busy for config in inference)
+    affordable = budget / per_frame if per_frame > 0.0 else math.inf
+    frames = math.floor(min(float(knobs.max_frames), affordable))
+    if frames < knobs.min_frames:
+        # A configuration that was never measured must be, whatever the budget: it would be guessed otherwise.
+        frames = knobs.min_frames if unknown else 0
+    return frames, frames * per_frame
+
+
+def _age(key: GroupKey, history: StreamHistory) -> int:
+    """Windows since the group's last trial, capped at the history's length (= never)."""
+    for age, window in enumerate(reversed(history.windows)):
+        if window.trial is not None and any(group_key(row.config) == key for row in window.trial.retrain):
+            return age
+    return len(history.windows)
+
+
+def _last_estimates(history: StreamHistory) -> dict[RetrainConfig, tuple[float, float]]:
+    """(GPU-seconds, accuracy after less accuracy then) of every configuration when last estimated."""
+    found: dict[RetrainConfig, tuple[float, float]] = {}
+    for window in history.windows:
+        if window.estimate is not None:
+            for row in window.estimate.retrain:
+                found[row.config] = (row.gpu_seconds, row.accuracy_after - window.estimate.accuracy_validated)
+    return found
+
+
+def _promise(key: GroupKey, history: StreamHistory) -> float:
+    return max((gain for config, (_, gain) in _last_estimates(history).items() if group_key(config) == key), default=1)
+
+
+def _far_from_front(groups: dict[GroupKey, RetrainConfig], history: StreamHistory, knobs: TrialKnobs) -> set[GroupKey]:
+    """Groups of which every configuration is clearly beaten by one of another group at no more cost."""
+    last = _last_estimates(history)
+    far = set()
+    for key in groups:
+        mine = [point for config, point in last.items() if group_key(config) == key]
+        others = [point for config, point in last.items() if group_key(config) != key and group_key(config) in groups]
+        beaten = mine and all(
+            any(c <= cost and g >= gain + knobs.prune_margin for c, g in others) for cost, gain in mine
+        )
+        if beaten and _age(key, history) < knobs.revive_after:
+            far.add(key)
+    return far
+
+
+def _accuracy_fell(history: StreamHistory, knobs: TrialKnobs) -> bool:
+    levels = [level for level in map(_level, history.windows) if level is not None]
+    if len(levels) < 2:
+        return False
+    return levels[-1] < sum(levels[:-1]) / len(levels[:-1]) - knobs.accuracy_drop
+
+
+def _level(window: WindowHistory) -> float | None:
+    if window.realised is not None:
+        return window.realised
+    return window.trial.accuracy_now if window.trial is not None else None
