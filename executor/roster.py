@@ -1,0 +1,378 @@
+"""The life of every job of an executor: started, ready, changed, restarted, ended. No input or output.
+
+The supervisor says what processes do, the agent what is wanted; the roster is the memory between them. A
+stream that once had a serving model always gets one again: an inference worker that dies is started again
+with growing pauses, after ``limit`` quick deaths in slow rhythm for ever. Jobs of other kinds are not
+repeated: their failure is an event, and what comes next is the optimizer's decision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from executor.agent import Kind, Replace, Start, Tell, WorkerView, kind_of
+from executor.limits import RestartPolicy
+from executor.links import (
+    EpochDone,
+    JobBroken,
+    JobDone,
+    Progress,
+    Ready,
+    Report,
+    SetInference,
+    SetShare,
+    StreamStats,
+    Swapped,
+    SwapRefused,
+)
+from executor.outbox import LastingEvent, Outbox
+from protocol.events import Notice, RetrainProgress, TelemetryEvent, WorkerChanged
+from protocol.messages import (
+    InferenceJob,
+    Job,
+    JobFailed,
+    LabelsDone,
+    RetrainDone,
+    TrialsDone,
+    WorkerState,
+    WorkerStatus,
+)
+from protocol.schema import CheckpointRef, LabelResult, TrialResult
+
+REMEMBERED = 1000
+"""Ended jobs and refused checkpoints remembered, so that memory stays bounded in a long run."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Worker:
+    """One worker: its job as last told, and what is known of its process."""
+
+    worker_id: int
+    job: Job
+    state: str = "starting"
+    share_held: float = 0.0
+    share_cap: float = 1.0
+    shrink_sent_s: float | None = None
+    ready_s: float | None = None
+    resumes_s: float = 0.0
+    deaths: int = 0
+    restarts: int = 0
+    reported: bool = False
+    pid: int = 0
+    progress: int = 0
+    share_achieved: float | None = None
+    model_version: int = 0
+    broken: JobBroken | None = None
+    stop_reason: str = ""
+    successor_of: int | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.job)
+
+
+class Roster:
+    """All workers of one executor. Methods take the monotonic time; results wait in ``outbox`` and ``events``."""
+
+    def __init__(
+        self, executor_id: str, gpu_id: str, outbox: Outbox, policy: RestartPolicy | None = None, settle_s: float = 0.25
+    ) -> None:
+        self.settled: dict[str, None] = {}
+        self.events: list[TelemetryEvent] = []
+        self._executor_id = executor_id
+        self._gpu_id = gpu_id
+        self._outbox = outbox
+        self._policy = policy or RestartPolicy()
+        self._settle_s = settle_s
+        self._workers: dict[int, Worker] = {}
+        self._good: dict[str, CheckpointRef] = {}
+        self._refused: dict[str, None] = {}
+        self._next_id = 1
+
+    # ------------------------------------------------------------ views
+
+    def __iter__(self) -> Iterator[Worker]:
+        return iter(tuple(self._workers.values()))
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    def get(self, worker_id: int) -> Worker | None:
+        return self._workers.get(worker_id)
+
+    def of_job(self, job_id: str) -> list[Worker]:
+        """The job's workers: one as a rule, two during a hand-over."""
+        return [worker for worker in self if worker.job.job_id == job_id]
+
+    def views(self) -> tuple[WorkerView, ...]:
+        """The ledger's view."""
+        replaced = {worker.successor_of for worker in self if worker.state == "starting"}
+        return tuple(
+            WorkerView(
+                job=worker.job,
+                state="replacing" if worker.worker_id in replaced and worker.state == "ready" else worker.state,  # type: ignore[arg-type]
+                share_held=worker.share_held,
+                share_cap=worker.share_cap,
+                resumes_s=worker.resumes_s,
+            )
+            # A job's live worker last: the agent goes by the last one of a job.
+            for worker in sorted(self, key=lambda w: (w.state != "stopping", w.state != "starting"))
+        )
+
+    def statuses(self) -> tuple[WorkerStatus, ...]:
+        return tuple(
+            WorkerStatus(
+                job_id=worker.job.job_id,
+                kind=worker.kind,
+                stream_id=worker.job.stream.stream_id,
+                pid=worker.pid,
+                state=self._shown_state(worker),
+                share_granted=worker.job.share,
+                share_achieved=worker.share_achieved,
+                progress=worker.progress,
+                restarts=worker.restarts,
+                model_version=worker.model_version,
+            )
+            for worker in self
+        )
+
+    def _shown_state(self, worker: Worker) -> WorkerState:
+        if worker.state == "backoff" and worker.deaths >= self._policy.limit:
+            return "failed"
+        state: WorkerState = worker.state  # type: ignore[assignment]
+        return state
+
+    def next_due_s(self) -> float:
+        """When a pause ends next; infinity when no worker waits."""
+        return min((worker.resumes_s for worker in self if worker.state == "backoff"), default=float("inf"))
+
+    # ------------------------------------------------------------ what we do to workers
+
+    def begin(self, command: Start | Replace, share_cap: float = 1.0) -> Worker:
+        """A new worker for the command's job; its ``job`` names a checkpoint that is not known to be bad."""
+        job = self._with_usable_checkpoint(command.job)
+        worker = Worker(worker_id=self._next_id, job=job, share_held=job.share, share_cap=share_cap)
+        self._next_id += 1
+        if isinstance(command, Replace):
+            worker.successor_of = next(w.worker_id for w in self.of_job(job.job_id) if w.state == "ready")
+        else:
+            for old in self.of_job(job.job_id):
+                worker.deaths, worker.restarts, worker.reported = old.deaths, old.restarts + 1, old.reported
+                del self._workers[old.worker_id]
+        self._workers[worker.worker_id] = worker
+        self._change(
+            worker, "started", "hand_over" if worker.successor_of else "restart" if worker.restarts else "plan"
+        )
+        return worker
+
+    def launched(self, worker_id: int, pid: int) -> None:
+        self._workers[worker_id].pid = pid
+
+    def told(self, command: Tell, now: float) -> None:
+        """The command is on its way to the job's worker. A growth counts at once, a shrink when it has settled."""
+        for worker in self.of_job(command.job_id):
+            if worker.state != "ready":
+                continue
+            order = command.command
+            if isinstance(order, SetShare):
+                worker.shrink_sent_s = now if order.share < worker.share_held else None
+                worker.share_held = max(worker.share_held, order.share)
+                worker.job = _replaced(worker.job, share=order.share)
+                self._change(worker, "resized", "plan")
+            elif isinstance(order, SetInference):
+                worker.job = _replaced(worker.job, config=order.config)
+                self._change(worker, "reconfigured", order.config.config_id)
+            else:
+                worker.job = _replaced(worker.job, checkpoint=order.checkpoint)
+
+    def stopping(self, worker_id: int, reason: str) -> bool:
+        """The worker is being stopped; False when there is no process to stop (it waited for a restart)."""
+        worker = self._workers[worker_id]
+        if worker.state == "backoff":
+            del self._workers[worker_id]
+            self._change(worker, "stopped", reason)
+            return False
+        if worker.state != "stopping":
+            worker.state, worker.stop_reason = "stopping", reason
+        return True
+
+    # ------------------------------------------------------------ what workers do
+
+    def reported(self, worker_id: int, report: Report, now: float) -> list[int]:
+        """Take a report in. Returns the workers to be stopped now: those that a successor has relieved."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return []
+        self._settle(worker, report, now)
+        if isinstance(report, Ready):
+            return self._ready(worker, report, now)
+        if isinstance(report, Progress):
+            worker.progress, worker.share_achieved = max(worker.progress, report.count), report.share_achieved
+        elif isinstance(report, StreamStats):
+            worker.model_version = report.model_version
+        elif isinstance(report, Swapped):
+            worker.model_version = report.version
+            self._remember_good(worker)
+            self._change(worker, "swapped", f"model_version={report.version}", gap_ms=report.gap_ms)
+        elif isinstance(report, SwapRefused):
+            self._refuse_checkpoint(worker, report.reason)
+        elif isinstance(report, EpochDone):
+            self._epoch(worker, report)
+        elif isinstance(report, JobDone):
+            self._done(worker, report)
+        else:
+            worker.broken = report
+        return []
+
+    def left(self, worker_id: int, reason: str, now: float) -> None:
+        """The worker's process has ended, whatever the cause."""
+        worker = self._workers.pop(worker_id, None)
+        if worker is None:
+            return
+        if worker.state == "stopping" or worker.job.job_id in self.settled:
+            done = worker.job.job_id in self.settled
+            self._change(worker, "finished" if done else "stopped", worker.stop_reason or reason)
+            return
+        if worker.broken is not None:
+            reason = f"{worker.broken.kind}: {worker.broken.reason}"
+        self._change(worker, "failed", reason)
+        if not isinstance(worker.job, InferenceJob):
+            self._settle_job(worker.job.job_id)
+            self._report_failure(worker, reason)
+        elif worker.successor_of is None or worker.successor_of not in self._workers:
+            self._pause(worker, reason, now)
+
+    # ------------------------------------------------------------ inside
+
+    def _ready(self, worker: Worker, report: Ready, now: float) -> list[int]:
+        relieved = worker.successor_of
+        worker.pid, worker.ready_s, worker.successor_of = report.pid, now, None
+        if worker.state == "starting":
+            worker.state = "ready"
+        if isinstance(worker.job, InferenceJob):
+            worker.model_version = worker.job.checkpoint.version
+            self._remember_good(worker)
+        self._change(worker, "ready", f"startup_s={report.startup_s:.2f}")
+        return [relieved] if relieved is not None and relieved in self._workers else []
+
+    def _settle(self, worker: Worker, report: Report, now: float) -> None:
+        """A shrink is over when the worker says so, or has said anything a while after the order.
+
+        Workers read orders between two steps, so that a report sent ``settle_s`` after an order follows it.
+        """
+        if worker.shrink_sent_s is None:
+            return
+        if now - worker.shrink_sent_s >= self._settle_s and isinstance(report, Progress | StreamStats):
+            worker.share_held, worker.shrink_sent_s = worker.job.share, None
+
+    def _epoch(self, worker: Worker, report: EpochDone) -> None:
+        job = worker.job
+        if not isinstance(job, InferenceJob) and hasattr(job, "config"):
+            self.events.append(
+                RetrainProgress(
+                    job_id=job.job_id,
+                    stream_id=job.stream.stream_id,
+                    window=job.window,
+                    config=job.config,
+                    epoch=report.epoch,
+                )
+            )
+
+    def _done(self, worker: Worker, report: JobDone) -> None:
+        job_id = worker.job.job_id
+        if job_id in self.settled:
+            return
+        event_id, result = self._outbox.next_id(), report.result
+        event: LastingEvent
+        if isinstance(result, LabelResult):
+            event = LabelsDone(event_id=event_id, executor_id=self._executor_id, job_id=job_id, result=result)
+        elif isinstance(result, TrialResult):
+            event = TrialsDone(event_id=event_id, executor_id=self._executor_id, job_id=job_id, result=result)
+        else:
+            event = RetrainDone(event_id=event_id, executor_id=self._executor_id, job_id=job_id, result=result)
+        self._outbox.add(event)
+        self._settle_job(job_id)
+        worker.state, worker.stop_reason = "stopping", "done"
+
+    def _pause(self, worker: Worker, reason: str, now: float) -> None:
+        """Put a dead inference worker on hold until its next start; say so once when it dies too often."""
+        policy = self._policy
+        if worker.ready_s is not None and now - worker.ready_s >= policy.stable_s:
+            worker.deaths, worker.reported = 0, False
+        worker.deaths += 1
+        if worker.broken is not None:
+            if worker.broken.kind == "checkpoint":
+                self._refuse_checkpoint(worker, worker.broken.reason)
+            if worker.broken.kind == "input":
+                worker.deaths = max(worker.deaths, policy.limit)  # the same data will not do any better at once
+        if worker.deaths >= policy.limit:
+            pause = policy.slow_s
+            if not worker.reported:
+                worker.reported = True
+                self._report_failure(worker, f"{reason}; tried again every {policy.slow_s:g} s")
+        else:
+            pause = min(policy.backoff_max_s, policy.backoff_s * 2.0 ** (worker.deaths - 1))
+        worker.state, worker.resumes_s, worker.share_held, worker.pid = "backoff", now + pause, 0.0, 0
+        worker.ready_s, worker.broken, worker.shrink_sent_s, worker.successor_of = None, None, None, None
+        self._workers[worker.worker_id] = worker
+
+    def _report_failure(self, worker: Worker, reason: str) -> None:
+        self._outbox.add(
+            JobFailed(
+                event_id=self._outbox.next_id(),
+                executor_id=self._executor_id,
+                job_id=worker.job.job_id,
+                stream_id=worker.job.stream.stream_id,
+                kind=worker.kind,
+                reason=reason,
+            )
+        )
+
+    def _settle_job(self, job_id: str) -> None:
+        self.settled[job_id] = None
+        while len(self.settled) > REMEMBERED:
+            del self.settled[next(iter(self.settled))]
+
+    def _with_usable_checkpoint(self, job: Job) -> Job:
+        if isinstance(job, InferenceJob) and job.checkpoint.sha256 in self._refused:
+            good = self._good.get(job.stream.stream_id)
+            if good is not None:
+                return _replaced(job, checkpoint=good)
+        return job
+
+    def _remember_good(self, worker: Worker) -> None:
+        if isinstance(worker.job, InferenceJob):
+            self._good[worker.job.stream.stream_id] = worker.job.checkpoint
+
+    def _refuse_checkpoint(self, worker: Worker, reason: str) -> None:
+        if not isinstance(worker.job, InferenceJob):
+            return
+        checkpoint = worker.job.checkpoint
+        self._refused[checkpoint.sha256] = None
+        while len(self._refused) > REMEMBERED:
+            del self._refused[next(iter(self._refused))]
+        text = f"checkpoint version {checkpoint.version} of {checkpoint.stream_id} refused: {reason}"
+        self.events.append(Notice(level="error", text=text))
+
+    def _change(self, worker: Worker, change: str, reason: str, gap_ms: float | None = None) -> None:
+        self.events.append(
+            WorkerChanged(
+                job_id=worker.job.job_id,
+                stream_id=worker.job.stream.stream_id,
+                gpu_id=self._gpu_id,
+                kind=worker.kind,
+                change=change,  # type: ignore[arg-type]
+                reason=reason,
+                pid=worker.pid,
+                share=worker.job.share,
+                gap_ms=gap_ms,
+            )
+        )
+
+
+def _replaced(job: Job, **changes: object) -> Job:
+    changed: Job = msgspec.structs.replace(job, **changes)
+    return changed

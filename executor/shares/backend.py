@@ -1,0 +1,89 @@
+"""How a granted share is held: one interface, whatever does it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from executor.links import Ready
+from executor.shares.devices import Device
+from protocol.messages import Job
+
+
+class ShareBackend(Protocol):
+    """Holds the shares of one device's workers.
+
+    ``name``: as shown in telemetry. ``pace``: workers hold their share by duty cycle. ``can_resize_live``: a
+    running worker's share can grow beyond the one it was started with. ``worker_device``: the device as the
+    worker has to call it ("cuda:0" where its environment shows it one GPU only).
+    """
+
+    name: str
+    pace: bool
+    can_resize_live: bool
+    worker_device: str
+
+    def worker_environment(self, job: Job, share: float) -> Mapping[str, str]:
+        """What the worker of ``job`` needs in its environment to be held to ``share``; an empty value unsets one.
+
+        Raises WorkerError.
+        """
+        ...
+
+    def paced_share(self, share: float, cap: float) -> float:
+        """The duty cycle that makes ``share`` of the device out of a worker started with ``cap``."""
+        ...
+
+    def attached(self, ready: Ready, share: float) -> None:
+        """Check that a worker that has become ready is really held to ``share``. Raises WorkerError."""
+        ...
+
+    def observe(self, duty: float | None, cap: float) -> float | None:
+        """The achieved share of a worker started with ``cap`` that measured ``duty`` of its own time busy."""
+        ...
+
+    def evict(self, pid: int) -> None:
+        """Take a worker out before it is signalled."""
+        ...
+
+    def check(self, now: float) -> str:
+        """Look after what the backend depends on; a text when it has failed and all workers are lost, else empty."""
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Safe to call twice."""
+        ...
+
+
+class PacingBackend:
+    """Shares by duty cycle inside the workers: works on every device, resizes at once."""
+
+    name = "pacing"
+    pace = True
+    can_resize_live = True
+
+    def __init__(self, device: Device) -> None:
+        # NVML counts GPUs in PCI order, CUDA by speed unless told otherwise: the UUID is the same in both.
+        self._environment = {"CUDA_VISIBLE_DEVICES": device.uuid} if device.kind == "cuda" else {}
+        self.worker_device = "cuda:0" if device.kind == "cuda" else device.text
+
+    def worker_environment(self, job: Job, share: float) -> Mapping[str, str]:
+        return self._environment
+
+    def paced_share(self, share: float, cap: float) -> float:
+        return share
+
+    def attached(self, ready: Ready, share: float) -> None:
+        return None
+
+    def observe(self, duty: float | None, cap: float) -> float | None:
+        return duty
+
+    def evict(self, pid: int) -> None:
+        return None
+
+    def check(self, now: float) -> str:
+        return ""
+
+    def close(self) -> None:
+        return None

@@ -1,0 +1,169 @@
+"""A worker that behaves as its environment says: PROBLEM="job_id=mode,..." ("*" for every job).
+
+Modes: good, never_ready, crash_at_start, crash_later, hang, ignore_term, flood, half_message, garbage, broken,
+helper (starts a process of its own), segfault. It speaks the real pipe protocol of a real worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+from executor.links import (
+    Command,
+    EpochDone,
+    JobBroken,
+    JobDone,
+    Progress,
+    Ready,
+    Report,
+    SetInference,
+    SetShare,
+    StartJob,
+    StopJob,
+    StreamStats,
+    SwapModel,
+    Swapped,
+    SwapRefused,
+)
+from protocol.codec import decode, encode
+from protocol.messages import InferenceJob, LabelJob, RetrainJob, TrialJob
+from protocol.schema import DatasetRef, EpochResult, LabelResult, RetrainResult, TrialResult
+
+INTERVAL_S = 0.05
+NUM_TURNS = 6
+
+
+def main(connection: Connection) -> None:
+    start = decode(connection.recv_bytes(), StartJob)
+    mode = mode_of(start.job.job_id)
+    if mode == "crash_at_start":
+        sys.exit(3)
+    if mode == "segfault":
+        ctypes.string_at(0)
+    if mode == "ignore_term":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if mode == "helper":
+        subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL)
+    if mode in ("never_ready", "ignore_term_never_ready"):
+        _sleep_for_ever(connection)
+    say(connection, Ready(pid=os.getpid(), startup_s=0.0, num_units=int(os.environ.get("UNITS", "0"))))
+    if mode == "hang":
+        time.sleep(1000.0)
+    if mode == "half_message":
+        os.write(connection.fileno(), b"\x00\x00\xff\x00only a part")
+        os.kill(os.getpid(), signal.SIGSTOP)
+    if mode == "garbage":
+        os.write(connection.fileno(), b"\xff" * 64)
+        _sleep_for_ever(connection)
+    if mode == "broken":
+        say(connection, JobBroken(kind="memory", reason="model of it: 3 GiB wanted"))
+        sys.exit(1)
+    if mode == "flood":
+        try:
+            while True:
+                say(connection, Progress(count=1, share_achieved=None))
+        except OSError:
+            sys.exit(0)
+    _work(connection, start.job, mode)
+
+
+def mode_of(job_id: str) -> str:
+    modes = dict(item.split("=") for item in os.environ.get("PROBLEM", "").split(",") if item)
+    return modes.get(job_id, modes.get("*", "good"))
+
+
+def say(connection: Connection, report: Report) -> None:
+    connection.send_bytes(encode(report))
+
+
+def _sleep_for_ever(connection: Connection) -> None:
+    """Deaf to orders, but leaves when its parent has gone, as a real worker would."""
+    while True:
+        try:
+            if connection.poll(1.0):
+                connection.recv_bytes()
+        except (EOFError, OSError):
+            sys.exit(0)
+
+
+def _work(connection: Connection, job: InferenceJob | LabelJob | TrialJob | RetrainJob, mode: str) -> None:
+    share, version, turns = job.share, 1, 0
+    config_id = ""
+    if isinstance(job, InferenceJob):
+        version, config_id = job.checkpoint.version, job.config.config_id
+    while True:
+        turns += 1
+        if mode == "crash_later" and turns == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        say(connection, Progress(count=turns, share_achieved=share))
+        if isinstance(job, InferenceJob):
+            say(connection, _stats(version, config_id))
+        elif turns == NUM_TURNS and mode == "good":
+            if isinstance(job, RetrainJob):
+                say(connection, EpochDone(epoch=EpochResult(epoch=1, accuracy=0.5, loss=1.0, busy_s=0.1)))
+            say(connection, JobDone(result=result_of(job)))
+            return
+        if not connection.poll(INTERVAL_S):
+            continue
+        try:
+            command: Command = decode(connection.recv_bytes(), Command)
+        except (EOFError, OSError):
+            sys.exit(0)
+        if isinstance(command, StopJob) and mode != "ignore_term":
+            sys.exit(0)
+        if isinstance(command, SetShare):
+            share = command.share
+        elif isinstance(command, SetInference):
+            config_id = command.config.config_id
+        elif isinstance(command, SwapModel):
+            if command.checkpoint.path == "corrupt":
+                say(connection, SwapRefused(version=command.checkpoint.version, reason="SHA-256 differs"))
+            else:
+                version = command.checkpoint.version
+                say(connection, Swapped(version=version, gap_ms=0.0))
+
+
+def _stats(version: int, config_id: str) -> StreamStats:
+    numbers: dict[str, Any] = {"num_frames": 1, "num_analysed": 1, "num_dropped": 0, "num_objects": 2}
+    return StreamStats(
+        interval_s=INTERVAL_S,
+        accuracy_sum=0.5,
+        num_scored=1,
+        latency_ms_p50=1.0,
+        model_version=version,
+        inference_id=config_id,
+        **numbers,
+    )
+
+
+def result_of(job: LabelJob | TrialJob | RetrainJob) -> LabelResult | TrialResult | RetrainResult:
+    stream_id = job.stream.stream_id
+    if isinstance(job, LabelJob):
+        dataset = DatasetRef(
+            path="d", stream_id=stream_id, window=job.window, num_train=1, num_validation=1, class_counts=(1, 1)
+        )
+        return LabelResult(dataset=dataset, num_frames=1, seconds=0.1)
+    if isinstance(job, TrialJob):
+        return TrialResult(
+            stream_id=stream_id, window=job.window, accuracy_now=0.5, retrain=(), inference=(), seconds=0.1
+        )
+    return RetrainResult(
+        stream_id=stream_id,
+        window=job.window,
+        config=job.config,
+        checkpoint=None,
+        accuracy_before=0.4,
+        accuracy_after=0.5,
+        num_validation=10,
+        epochs=(),
+        busy_s=0.1,
+        seconds=0.1,
+        reason="a model worker makes no model",
+    )
