@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -208,21 +207,6 @@ class Canvas:
         else:
             for channel in range(3):
                 layers[channel] += lit * paint.colour[channel]
-
-
-@lru_cache(maxsize=4096)
-def _area_weights(size_in: int, size_out: int) -> NDArray[np.float32]:
-    edges = np.linspace(0, size_in, size_out + 1)
-    low, high = edges[:-1, None], edges[1:, None]
-    cell = np.arange(size_in)[None, :]
-    overlap = np.clip(np.minimum(high, cell + 1) - np.maximum(low, cell), 0, None)
-    return np.asarray(overlap / overlap.sum(1, keepdims=True), np.float32)
-
-
-def area_resize(layers: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
-    """Mean over the source area of each target pixel. ``layers`` (n, h, w) -> (n, height, width)."""
-    rows, columns = _area_weights(layers.shape[1], height), _area_weights(layers.shape[2], width)
-    return np.asarray(np.matmul(np.matmul(rows, layers), columns.T), np.float32)
 
 
 def level_size(sprite: Sprite, level: int) -> tuple[int, int]:

@@ -19,8 +19,8 @@ from protocol.errors import InputError
 from protocol.schema import CitySource
 
 # A box that is smaller, or that nearer road users hide by more than this part, is not labelled.
-MIN_BOX_WIDTH, MIN_BOX_HEIGHT = 6, 12
-MAX_HIDDEN = 0.7
+MIN_BOX_WIDTH, MIN_BOX_HEIGHT = 8, 16
+MAX_HIDDEN = 0.5
 
 
 class CityFrame:

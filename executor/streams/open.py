@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from executor.streams.city import City
 from executor.streams.frames import FrameSource
+from executor.streams.recorded import Recorded
 from protocol.errors import InputError
 from protocol.schema import CitySource, StreamSpec
 
@@ -15,6 +16,6 @@ def open_source(spec: StreamSpec) -> FrameSource:
             raise InputError(f"classes: a name is listed twice in {', '.join(spec.classes)}")
         if isinstance(spec.source, CitySource):
             return City(spec.source, spec.classes, spec.fps)
-        raise InputError("source: recorded video cannot be opened")
+        return Recorded(spec.source, spec.classes, spec.fps)
     except InputError as error:
         raise InputError(f"stream {spec.stream_id}: {error}") from error

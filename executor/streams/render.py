@@ -17,6 +17,7 @@ from executor.streams import canvas, figures
 from executor.streams.canvas import Colour, Sprite
 from executor.streams.drift import SceneState
 from executor.streams.hashing import mix
+from executor.streams.resize import resize_planes
 from executor.streams.scene import Background, Camera, Light, light_of
 
 _TILE_SLACK = 192
@@ -62,7 +63,7 @@ class Item(NamedTuple):
 @lru_cache(maxsize=3000)
 def _level(name: str, shape: str, heading: int, phase: int, level: int) -> NDArray[np.float32]:
     sprite = figures.sprite(name, shape, heading, phase)
-    return canvas.area_resize(sprite.layers, *canvas.level_size(sprite, level))
+    return resize_planes(sprite.layers, *canvas.level_size(sprite, level))
 
 
 class Renderer:
@@ -98,7 +99,7 @@ class Renderer:
             self._paste(picture, item, light, rows, columns)
         self._sensor(picture, light, index, rows, columns, (x1 - x0) / width, (y1 - y0) / height)
         if px is not None and (width < px or height < px):
-            picture = np.matmul(np.matmul(_bilinear(height, px), picture), _bilinear(width, px).T)
+            picture = resize_planes(picture, px, px)
         np.clip(picture, 0, 255, out=picture)
         return np.ascontiguousarray(picture.transpose(1, 2, 0).astype(np.uint8))
 
@@ -197,18 +198,6 @@ class Renderer:
             picture += part(self._rain) * np.float32(0.55 * light.rain)
         if light.snow > 0.02:
             picture += part(self._snow) * np.float32(1.1 * light.snow)
-
-
-@lru_cache(maxsize=1024)
-def _bilinear(size_in: int, size_out: int) -> NDArray[np.float32]:
-    """Row weights (size_out, size_in) of a bilinear resize with pixel centres aligned."""
-    position = np.clip((np.arange(size_out) + 0.5) * (size_in / size_out) - 0.5, 0, size_in - 1)
-    low = np.minimum(position.astype(np.intp), max(size_in - 2, 0))
-    weights = np.zeros((size_out, size_in), np.float32)
-    weights[np.arange(size_out), low] = 1 - (position - low)
-    if size_in > 1:
-        weights[np.arange(size_out), low + 1] += (position - low).astype(np.float32)
-    return weights
 
 
 def _streaks(rng: np.random.Generator, shape: tuple[int, int]) -> NDArray[np.int8]:

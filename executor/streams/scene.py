@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.streams.canvas import Colour, area_resize
+from executor.streams.canvas import Colour
 from executor.streams.drift import SceneState
-from executor.streams.hashing import mix, uniform
+from executor.streams.hashing import mix
+from executor.streams.resize import resize_planes
 
 CAMERA_HEIGHT = 6.0
 ROAD_LEFT, ROAD_RIGHT = -9.0, 4.0
@@ -79,9 +80,9 @@ class Light(NamedTuple):
     snow: float
 
 
-_AMBIENT: dict[str, Colour] = {"day": (1.0, 1.0, 1.0), "dusk": (0.62, 0.47, 0.44), "night": (0.17, 0.18, 0.27)}
+_AMBIENT: dict[str, Colour] = {"day": (1.0, 1.0, 1.0), "dusk": (0.62, 0.47, 0.44), "night": (0.25, 0.26, 0.35)}
 _LAMPS = {"day": 0.0, "dusk": 0.55, "night": 1.0}
-_NOISE = {"day": 2.5, "dusk": 5.0, "night": 10.0}
+_NOISE = {"day": 2.5, "dusk": 5.0, "night": 8.0}
 
 
 @lru_cache(maxsize=64)
@@ -103,7 +104,7 @@ def light_of(state: SceneState) -> Light:
         ambient=(red, green, blue),
         lamps=min(lamps + 0.35 * fog + 0.2 * rain, 1.0),
         shadow=0.5 * (1 - 0.75 * cloud) * (1 - 0.7 * lamps),
-        fog=0.036 * fog + 0.008 * snow + 0.006 * rain + 0.0012,
+        fog=0.017 * fog + 0.005 * snow + 0.006 * rain + 0.0012,
         fog_colour=(grey, grey * 1.01, grey * (1.03 + 0.1 * lamps)),
         noise=of(_NOISE) + 1.5 * cloud,
         rain=rain,
@@ -159,7 +160,7 @@ class Background:
         self._fronts(a, d, albedo, depth, sky, glow, wet, shade)
         self._furniture(a, d, albedo, depth, sky, glow, wet, winter=winter)
         layers = np.concatenate([albedo, glow, np.stack([1 / depth, wet, sky, shade, self._pool(a, d, depth, wet)])])
-        small = area_resize(layers, camera.height, camera.width)
+        small = resize_planes(layers, camera.height, camera.width)
         return {
             "albedo": small[:3], "glow": small[3:6], "depth": 1 / small[6], "wet": small[7], "sky": small[8],
             "shade": small[9], "pool": small[10],
@@ -344,8 +345,3 @@ def _grade(layers: dict[str, Layer], light: Light) -> NDArray[np.uint32]:
         packed[..., channel] = np.clip(tone * 255, 0, 255)
     packed[..., 3] = 255
     return packed.view(np.uint32)[..., 0]
-
-
-def seeded_tone(seed: int, salt: int) -> float:
-    """A small site-specific variation, 0..1."""
-    return uniform(seed, salt)

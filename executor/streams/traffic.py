@@ -11,7 +11,7 @@ import random
 from dataclasses import dataclass
 
 from executor.streams.canvas import Colour
-from executor.streams.drift import DriftSchedule, SceneState
+from executor.streams.drift import LEVELS, DriftSchedule, SceneState
 from executor.streams.figures import SHAPES
 from executor.streams.hashing import generator
 from executor.streams.scene import Camera
@@ -23,6 +23,9 @@ MIX: dict[str, dict[str, float]] = {
     "festival": {"person": 0.44, "cyclist": 0.10, "car": 0.06, "van": 0.10, "bus": 0.22, "motorcycle": 0.08},
 }
 """Share of each class among the road users that are visible, by level of class_mix."""
+
+CONVERTED = 0.75
+"""The part of the road users that follows a change of appearance."""
 
 _SPEED = {"person": 1.35, "cyclist": 4.2, "car": 7.5, "van": 7.0, "bus": 6.0, "motorcycle": 7.8}
 
@@ -152,7 +155,7 @@ class Traffic:
         begin_s = (slot + draw.random()) * slot_s
         state = self._schedule.state(begin_s)
         present = self._share(state, name) / max(levels[name] for levels in MIX.values())
-        if draw.random() >= present / 1.15 * 1.0:
+        if draw.random() >= present / 1.15:
             return None
         look = _look(draw, state)
         shape = draw.choice(SHAPES[name][look])
@@ -177,9 +180,10 @@ class Traffic:
 
 
 def _look(draw: random.Random, state: SceneState) -> str:
-    """Summer, winter or fleet. A blend is a mixed population, not mixed figures."""
+    """Summer, winter or fleet. A blend is a mixed population, not mixed figures, and some never change."""
     blend = state.appearance
-    return blend.new if draw.random() < blend.weight else blend.old
+    look = blend.new if draw.random() < blend.weight else blend.old
+    return look if draw.random() < CONVERTED else LEVELS["appearance"][0]
 
 
 def _vary(draw: random.Random, colour: Colour) -> Colour:
