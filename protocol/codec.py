@@ -32,8 +32,8 @@ MAX_FILE_BYTES = 64 << 20
 MAX_STRING_BYTES = 64 << 10
 MAX_ITEMS = 64 << 10
 
-# A float64 (0xcb) or float32 (0xca) whose exponent is all ones. Strings and integers may hold such bytes
-# too, so a hit only means that the decoded values have to be looked at.
+# A float64 (0xcb) or float32 (0xca) whose exponent is all ones. Other values may hold such bytes too, so a
+# hit only means that the decoded values have to be looked at.
 _PERHAPS_NON_FINITE = re.compile(rb"\xcb[\x7f\xff][\xf0-\xff]|\xca[\x7f\xff][\x80-\xff]", re.DOTALL)
 _MAX_REASON = 200
 

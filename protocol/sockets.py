@@ -163,7 +163,7 @@ def _bind(socket: Socket, address: str) -> Socket:
         socket.bind(address)
     except zmq.ZMQError as error:
         socket.close(0)
-        raise InputError(f"cannot listen on {address}: {error.strerror}; choose another address or port 0") from None
+        raise InputError(f"cannot listen on {address}: {_words(error)}; choose another address or port 0") from None
     return socket
 
 
@@ -172,8 +172,13 @@ def _connect(socket: Socket, address: str) -> Socket:
         socket.connect(address)
     except zmq.ZMQError as error:
         socket.close(0)
-        raise InputError(f"cannot connect to {address}: {error.strerror}") from None
+        raise InputError(f"cannot connect to {address}: {_words(error)}") from None
     return socket
+
+
+def _words(error: zmq.ZMQError) -> str:
+    """What went wrong, without the address that pyzmq adds to it."""
+    return zmq.strerror(error.errno) if error.errno is not None else str(error)
 
 
 def receive(socket: Socket, max_frames: int) -> tuple[list[bytes], str] | None:
