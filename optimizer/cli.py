@@ -1,0 +1,127 @@
+"""`ekya-optimizer`: the composition root. Parses, wires the parts together, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from protocol.errors import EkyaError, InputError, UnreachableError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Plan retraining windows of video analytics streams and drive the executors that carry the plans out.",
+)
+
+Windows = Annotated[int | None, typer.Option(min=1, help="Stop after this many windows (default: never).")]
+Policy = Annotated[str | None, typer.Option(help="Planning policy instead of the site's, e.g. milp, thief, uniform.")]
+Policies = Annotated[str, typer.Option(help="Policies, separated by commas.")]
+Plain = Annotated[bool, typer.Option("--plain", help="Print lines instead of a live screen.")]
+LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
+
+
+@app.command()
+def run(
+    site_file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site file.")],
+    windows: Windows = None,
+    policy: Policy = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/NAME).")] = None,
+    log_level: LogLevel = "info",
+) -> None:
+    """Serve a site: wait for executors, plan every window, record what happens.
+
+    Started again with the same folder after a crash it adopts what runs and goes on in the same window.
+    """
+    from optimizer.commands import run_service
+
+    raise typer.Exit(run_service(site_file, windows=windows, policy=policy, out=out, log_level=log_level))
+
+
+@app.command()
+def demo(
+    windows: Annotated[int, typer.Option(min=1, help="Number of windows.")] = 4,
+    out: Annotated[Path, typer.Option(help="Folder of the run and its report.")] = Path("runs/demo"),
+    policy: Annotated[str, typer.Option(help="Planning policy.")] = "milp",
+    plain: Plain = False,
+) -> None:
+    """Show the whole loop on this machine: a procedural city, two local executors, a report at the end."""
+    from optimizer.commands import run_demo
+
+    raise typer.Exit(run_demo(windows=windows, out=out, policy=policy, plain=plain, console=Console()))
+
+
+@app.command()
+def experiment(
+    site_file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site file.")],
+    policies: Policies = "milp,thief,uniform,none",
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows per policy (default: the site's).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the runs (default: runs/experiment-NAME).")] = None,
+    executors: Annotated[int, typer.Option(min=1, help="Local executors, one CPU core each.")] = 2,
+) -> None:
+    """Run the same streams under each policy in turn, for real, and compare the accuracy."""
+    from optimizer.commands import run_experiment
+
+    names = [name for name in policies.split(",") if name]
+    raise typer.Exit(
+        run_experiment(site_file, names, windows=windows, out=out, num_executors=executors, console=Console())
+    )
+
+
+@app.command()
+def compare(
+    problems: Annotated[list[Path] | None, typer.Argument(metavar="PROBLEM.json...", help="Saved problems.")] = None,
+    random: Annotated[str | None, typer.Option(help="Make a problem instead: STREAMSxGPUSxCONFIGURATIONS.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of --random.")] = 0,
+    save: Annotated[Path | None, typer.Option(help="Keep the random problem as this file.")] = None,
+    policies: Policies = "milp,thief,uniform,none",
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+    budget: Annotated[float, typer.Option(min=0.01, help="Seconds that a policy may take for a problem.")] = 10.0,
+    plan_out: Annotated[Path | None, typer.Option(help="Folder to keep the plans in.")] = None,
+) -> None:
+    """Solve saved or random problems with several policies and compare value, bound, gap and time."""
+    from optimizer.compare import compare as compare_policies
+
+    names = [name for name in policies.split(",") if name]
+    compare_policies(
+        problems or [],
+        random=random,
+        seed=seed,
+        save=save,
+        policies=names,
+        as_json=as_json,
+        budget_s=budget,
+        plan_out=plan_out,
+    )
+
+
+@app.command()
+def watch(
+    address: Annotated[str, typer.Argument(help="The optimizer's control address, tcp://HOST:PORT.")],
+) -> None:
+    """Show a running site live."""
+    from optimizer.watch import watch as watch_site
+
+    watch_site(address)
+
+
+def main() -> None:
+    """Console script. Exit code 2: unusable input; 1: something went wrong here; no traceback for either."""
+    try:
+        app(standalone_mode=True)
+    except (InputError, UnreachableError) as error:
+        print(f"ekya-optimizer: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except EkyaError as error:
+        print(f"ekya-optimizer: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except BrokenPipeError:
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,177 @@
+"""What the commands do: the parts of the system put together. With cli.py the only place that knows the profiler."""
+
+from __future__ import annotations
+
+import importlib.resources
+import shutil
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import msgspec
+from rich.console import Console
+
+from optimizer.config import SiteConfig, load_site, parse_site
+from optimizer.local import local_devices, run_site
+from optimizer.policies.registry import get_policy
+from optimizer.ports import ProfilerPort
+from optimizer.recorder import RunFolder
+from optimizer.report import build_report, final_table, read_events, write_report
+from optimizer.report_comparison import build_comparison, comparison_table, write_comparison
+from optimizer.service import Service, default_folder, install_stop_signals
+from profiler.history import History
+from profiler.service import SiteProfiler
+from profiler.trials import TrialKnobs
+from protocol import logs
+from protocol.errors import EkyaError, InputError
+
+
+def make_profiler(site: SiteConfig) -> Callable[[RunFolder], ProfilerPort]:
+    """The micro-profiler of a site; its history lies in the run's store."""
+
+    def make(folder: RunFolder) -> ProfilerPort:
+        knobs = site.profiling
+        return SiteProfiler(
+            History(folder.store / "history.sqlite"),
+            site.retrain,
+            site.inference,
+            num_streams=len(site.streams),
+            budget_gpu_s=knobs.budget_gpu_s,
+            trial_knobs=TrialKnobs(data_share=knobs.data_share, max_epochs=knobs.num_epochs),
+        )
+
+    return make
+
+
+def run_service(site_file: Path, *, windows: int | None, policy: str | None, out: Path | None, log_level: str) -> int:
+    """`ekya-optimizer run`: serve until stopped; the exit code.
+
+    Raises:
+        InputError: the site file, the policy, the folder or an address is unusable.
+    """
+    site = _with_policy(load_site(site_file), policy)
+    logs.configure("ekya-optimizer", log_level)
+    folder = RunFolder(out or default_folder(site))
+    try:
+        service = Service(site, folder, make_profiler(site)(folder), num_windows=windows)
+        install_stop_signals(service)
+        print(f"ekya-optimizer: {site.name} waits for executors at {service.control_address}", flush=True)
+        print(f"ekya-optimizer: telemetry at {service.telemetry_address}, files in {folder.path}", flush=True)
+        code = service.run()
+        if code:
+            print(f"ekya-optimizer: {service.finish_reason}", file=sys.stderr)
+        return code
+    finally:
+        folder.close()
+        _report(folder.path, quiet=True)
+
+
+def run_demo(*, windows: int, out: Path, policy: str, plain: bool, console: Console) -> int:
+    """`ekya-optimizer demo`: the embedded city with two local executors, a table at the end; the exit code."""
+    text = (importlib.resources.files("optimizer") / "demo.toml").read_text()
+    site = _with_policy(parse_site(tomllib.loads(text), "demo.toml", Path()), policy)
+    console.print(
+        f"{len(site.streams)} cameras, {windows} windows of {site.window_s:.0f} s; each CPU core stands for a GPU. "
+        "First every camera gets a model of its own; then the scenes begin to change.",
+        highlight=False,
+    )
+    _fresh(out)
+    code = run_site(
+        site,
+        out,
+        make_profiler(site),
+        num_windows=windows,
+        devices=local_devices(2),
+        console=console,
+        live=console.is_terminal and not plain,
+    )
+    if code == 0:
+        _report(out, console=console)
+    return code
+
+
+def run_experiment(
+    site_file: Path,
+    policies: Sequence[str],
+    *,
+    windows: int | None,
+    out: Path | None,
+    num_executors: int,
+    console: Console,
+) -> int:
+    """`ekya-optimizer experiment`: the same streams and first models under each policy in turn; the exit code."""
+    site = load_site(site_file)
+    if not policies:
+        raise InputError("--policies: name at least one policy, like milp,thief,uniform,none")
+    for name in policies:
+        get_policy(name)
+    out = out or Path("runs") / f"experiment-{site.name}"
+    devices = local_devices(num_executors)
+    _fresh(out)
+    console.print(f"{site.name}: first models for {len(site.streams)} streams", highlight=False)
+    first = out / "first-models"
+    code = run_site(site, first, make_profiler(site), num_windows=0, devices=devices, console=console, live=False)
+    reports = {}
+    for name in policies:
+        if code:
+            return code
+        console.rule(name)
+        folder = out / name.replace(":", "-")
+        _copy_first_models(first, folder)
+        code = run_site(
+            _with_policy(site, name),
+            folder,
+            make_profiler(site),
+            num_windows=windows or 6,
+            devices=devices,
+            console=console,
+            live=False,
+        )
+        _report(folder, quiet=True)
+        reports[name] = build_report(read_events(folder / "events.jsonl"))
+    comparison = build_comparison(reports)
+    write_comparison(comparison, out)
+    console.print(comparison_table(comparison))
+    console.print(f"report: {out / 'comparison.html'}", highlight=False)
+    return code
+
+
+def _with_policy(site: SiteConfig, policy: str | None) -> SiteConfig:
+    site = site if policy is None else msgspec.structs.replace(site, policy=policy)
+    get_policy(site.policy)  # an unknown name is told before anything is started
+    return site
+
+
+def _fresh(out: Path) -> None:
+    """Empty the folder of an earlier demo or experiment; anything else in its place is left alone."""
+    if not out.exists():
+        return
+    ours = {"store", "state.msgpack", "events.jsonl", "first-models", "comparison.json"}
+    names = {entry.name for entry in out.iterdir()} if out.is_dir() else {"a file"}
+    if names and not names & ours:
+        raise InputError(f"--out {out}: holds something else; choose a folder that is empty or new")
+    RunFolder(out).close()  # not while another optimizer is using it
+    shutil.rmtree(out)
+
+
+def _copy_first_models(first: Path, folder: Path) -> None:
+    shutil.copytree(first / "store", folder / "store", ignore=shutil.ignore_patterns("history.sqlite*"))
+    shutil.copy2(first / "state.msgpack", folder / "state.msgpack")
+
+
+def _report(folder: Path, *, console: Console | None = None, quiet: bool = False) -> None:
+    events = folder / "events.jsonl"
+    if not events.exists():
+        return
+    try:
+        recorded = read_events(events)
+        report = build_report(recorded)
+        write_report(report, recorded, folder)
+    except EkyaError:
+        if quiet:
+            return
+        raise
+    if console is not None:
+        console.print(f"report: {folder / 'report.html'}", highlight=False)
+        console.print(final_table(report))

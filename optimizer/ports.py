@@ -1,0 +1,134 @@
+"""What goes into the coordinator, what comes out of it, and what it needs from the profiler.
+
+Structs and protocols only.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from protocol.events import StreamAccuracy, TelemetryEvent
+from protocol.messages import Down, Hello, Up
+from protocol.plan import Plan, Problem, StreamProfile
+from protocol.schema import (
+    DatasetRef,
+    InferenceConfig,
+    Record,
+    RetrainConfig,
+    RetrainResult,
+    StreamSpec,
+    TrialResult,
+)
+
+# ---------------------------------------------------------------- in
+
+
+class ExecutorJoined(Record, frozen=True, kw_only=True):
+    hello: Hello
+
+
+class ExecutorGone(Record, frozen=True, kw_only=True):
+    executor_id: str
+    reason: str
+    on_purpose: bool = False
+
+
+class Received(Record, frozen=True, kw_only=True):
+    """A control message of a joined executor."""
+
+    executor_id: str
+    message: Up
+
+
+class Solved(Record, frozen=True, kw_only=True):
+    """The planner answered. ``plan`` None: no plan exists, ``reason`` says why."""
+
+    token: int
+    plan: Plan | None
+    reason: str = ""
+
+
+class Measured(Record, frozen=True, kw_only=True):
+    """Realised accuracy arrived through telemetry."""
+
+    event: StreamAccuracy
+
+
+class Tick(Record, frozen=True, kw_only=True):
+    """Time has passed."""
+
+
+Input = ExecutorJoined | ExecutorGone | Received | Solved | Measured | Tick
+
+# ---------------------------------------------------------------- out
+
+
+class Send(Record, frozen=True, kw_only=True):
+    executor_id: str
+    message: Down
+
+
+class Publish(Record, frozen=True, kw_only=True):
+    event: TelemetryEvent
+
+
+class Solve(Record, frozen=True, kw_only=True):
+    """Ask the planner; a newer token replaces an older question."""
+
+    token: int
+    problem: Problem
+    window: int
+    phase: str
+
+
+class Save(Record, frozen=True, kw_only=True):
+    """The state changed in a way that must survive a restart."""
+
+
+class Finish(Record, frozen=True, kw_only=True):
+    """The run is over."""
+
+    exit_code: int
+    reason: str
+
+
+Output = Send | Publish | Solve | Save | Finish
+
+# ---------------------------------------------------------------- profiler
+
+
+class TrialWish(Protocol):
+    """The trials worth their time in this window (see TrialJob for the fields)."""
+
+    @property
+    def retrain(self) -> tuple[RetrainConfig, ...]: ...
+    @property
+    def inference(self) -> tuple[InferenceConfig, ...]: ...
+    @property
+    def data_share(self) -> float: ...
+    @property
+    def num_epochs(self) -> int: ...
+    @property
+    def num_frames(self) -> int: ...
+
+
+class ProfilerPort(Protocol):
+    """The micro-profiler as the coordinator sees it. Calls return at once."""
+
+    def choose(self, spec: StreamSpec, window: int, dataset: DatasetRef) -> TrialWish:
+        """Which trials to run for a stream in this window."""
+        ...
+
+    def estimate(self, spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:
+        """The stream's profile from its trials and its history."""
+        ...
+
+    def retrained(
+        self, spec: StreamSpec, result: RetrainResult, predicted: float, predicted_s: float, promoted: bool
+    ) -> None:
+        """A retraining ended; remember predicted and realised."""
+        ...
+
+    def window_closed(self, stream_id: str, window: int, predicted: float | None, realised: float | None) -> None:
+        """A window ended; remember predicted and realised window accuracy."""
+        ...

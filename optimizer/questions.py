@@ -1,0 +1,83 @@
+"""From the state of the site to the problem that the planner is asked. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+from optimizer.execution import share_efficiency
+from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
+from protocol.plan import Problem, RetrainProfile, StreamProfile
+from protocol.schema import GpuSpec, StreamSpec
+
+# What is left of a retraining that has used up its estimate: it cannot be known, but it is not nothing.
+_LEAST_LEFT = 0.05
+
+
+def work_done(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
+    """GPU-seconds (speed 1, share 1) of a running retraining that are behind it, by the execution model."""
+    rate = gpu.speed * share_efficiency(gpu, running.share)
+    return running.done_s + max(0.0, now - running.since_s) * rate
+
+
+def work_left(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
+    """GPU-seconds that are still ahead of a running retraining, never less than a twentieth of all."""
+    return max(running.work_s - work_done(running, gpu, now), running.work_s * _LEAST_LEFT)
+
+
+def make_problem(
+    state: SiteState,
+    specs: Mapping[str, StreamSpec],
+    executors: Mapping[str, ExecutorState],
+    *,
+    now: float,
+    left_s: float,
+    share_quantum: float,
+    reserved_share: float,
+    with_retraining: bool,
+) -> Problem | None:
+    """What is to be planned now, None when no executor or no profiled stream is there.
+
+    ``reserved_share`` is kept free on every GPU; ``left_s`` is what is left of the window, seconds.
+    """
+    streams = tuple(
+        _stream(stream, specs[stream.stream_id], executors, now, with_retraining)
+        for stream in state.streams.values()
+        if stream.checkpoint and stream.profile
+    )
+    if not streams or not executors:
+        return None
+    gpus = tuple(
+        msgspec.structs.replace(executor.gpu, gpu_id=executor_id, reserved_share=reserved_share)
+        for executor_id, executor in sorted(executors.items())
+    )
+    return Problem(window_s=left_s, gpus=gpus, streams=streams, share_quantum=share_quantum)
+
+
+def _stream(
+    stream: StreamState,
+    spec: StreamSpec,
+    executors: Mapping[str, ExecutorState],
+    now: float,
+    with_retraining: bool,
+) -> StreamProfile:
+    assert stream.profile is not None
+    choices: tuple[RetrainProfile, ...] = ()
+    if with_retraining and not stream.settled:
+        running = stream.running
+        if running is None:
+            choices = stream.profile.retrain
+        elif running.executor_id in executors:
+            known = next((p for p in stream.profile.retrain if p.retrain_id == running.retrain_id), None)
+            if known is not None:
+                left = work_left(running, executors[running.executor_id].gpu, now)
+                choices = (msgspec.structs.replace(known, gpu_seconds=left, pinned_gpu=running.executor_id),)
+    return msgspec.structs.replace(
+        stream.profile,
+        retrain=choices,
+        min_accuracy=spec.min_accuracy,
+        weight=spec.weight,
+        serving_gpu=stream.serving_executor if stream.serving_executor in executors else None,
+        serving_inference=stream.serving_config.config_id if stream.serving_config else None,
+    )

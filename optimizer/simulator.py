@@ -1,0 +1,308 @@
+"""Virtual time: the real coordinator and real policies, executors that follow the execution model.
+
+The coordinator cannot tell the difference: it gets the same inputs and gives the same outputs as in
+production. Only what executors and streams do is simulated, by the rules of ``protocol.plan``; what
+models are worth and cost comes from a `World`. Every number made here is a simulated one.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+import msgspec
+
+from optimizer.coordinator import Coordinator
+from optimizer.execution import share_efficiency
+from optimizer.ports import (
+    ExecutorGone,
+    ExecutorJoined,
+    Finish,
+    Input,
+    Measured,
+    Output,
+    Publish,
+    Received,
+    Send,
+    Solve,
+    Solved,
+    Tick,
+)
+from protocol import messages as m
+from protocol.errors import PlanError
+from protocol.events import StreamAccuracy, TelemetryEvent
+from protocol.plan import Plan, PlanVersion, Problem
+from protocol.schema import CheckpointRef, GpuSpec, InferenceConfig, LabelResult, RetrainResult, TrialResult
+
+_TICK_S = 0.5
+
+
+class World(Protocol):
+    """What is true in the simulation. Times in seconds of the site clock, costs in GPU-seconds at speed 1."""
+
+    def label(self, job: m.LabelJob) -> tuple[float, LabelResult]:
+        """GPU-seconds and result of a labelling job."""
+        ...
+
+    def trial(self, job: m.TrialJob) -> tuple[float, TrialResult]:
+        """GPU-seconds and result of a profiling job."""
+        ...
+
+    def retrain(self, job: m.RetrainJob) -> tuple[float, RetrainResult]:
+        """GPU-seconds and result of a retraining."""
+        ...
+
+    def accuracy(self, stream_id: str, window: int, checkpoint: CheckpointRef, config: InferenceConfig) -> float:
+        """Instantaneous accuracy of a model under an inference configuration in a window."""
+        ...
+
+
+class _Running(msgspec.Struct):
+    job: m.LabelJob | m.TrialJob | m.RetrainJob
+    left_s: float
+    result: LabelResult | TrialResult | RetrainResult
+
+
+class SimulatedExecutor:
+    """One GPU in virtual time: applies plans at once, works jobs off at the rate of the execution model."""
+
+    def __init__(self, gpu: GpuSpec, world: World) -> None:
+        self.gpu = gpu
+        self.executor_id = gpu.gpu_id
+        self.held: PlanVersion | None = None
+        self.serving: dict[str, m.InferenceJob] = {}
+        self.running: dict[str, _Running] = {}
+        self.finished: set[str] = set()
+        self._world = world
+        self._event_ids = itertools.count(1)
+        self._since_s = 0.0
+
+    def hello(self, incarnation: str = "1") -> m.Hello:
+        """What it says when it joins."""
+        return m.Hello(
+            protocol_version=m.PROTOCOL_VERSION,
+            executor_id=self.executor_id,
+            incarnation=incarnation,
+            device="simulated",
+            share_backend="simulated",
+            gpu=self.gpu,
+            host="simulated",
+            pid=1,
+            held=self.held,
+        )
+
+    def granted(self) -> float:
+        """Sum of all shares in use."""
+        return sum(j.share for j in self.serving.values()) + sum(r.job.share for r in self.running.values())
+
+    def apply(self, plan: m.ApplyPlan, now: float) -> m.Up:
+        """Take a plan as an executor does: older than the held one is refused, a repeated one changes nothing."""
+        if self.held is not None and plan.version < self.held:
+            return m.PlanRefused(
+                executor_id=self.executor_id, version=plan.version, held=self.held, reason="older than the held plan"
+            )
+        self.advance(now)
+        self.held = plan.version
+        wanted = {job.job_id: job for job in plan.jobs}
+        self.serving = {k: job for k, job in wanted.items() if isinstance(job, m.InferenceJob)}
+        self.running = {k: r for k, r in self.running.items() if k in wanted}
+        for job_id, job in wanted.items():
+            if isinstance(job, m.InferenceJob) or job_id in self.finished:
+                continue
+            if job_id in self.running:
+                self.running[job_id].job = job
+            else:
+                self.running[job_id] = self._start(job)
+        return m.PlanApplied(executor_id=self.executor_id, version=plan.version)
+
+    def advance(self, now: float) -> None:
+        """Work on all running jobs until ``now``."""
+        for running in self.running.values():
+            running.left_s -= (now - self._since_s) * self._rate(running)
+        self._since_s = now
+
+    def next_end_s(self) -> float:
+        """When the next job ends if nothing changes, inf without one."""
+        return min(
+            (self._since_s + max(0.0, r.left_s) / self._rate(r) for r in self.running.values()), default=float("inf")
+        )
+
+    def take_ended(self, now: float) -> list[m.Up]:
+        """The results of the jobs that have ended by ``now``."""
+        self.advance(now)
+        ended = [job_id for job_id, r in self.running.items() if r.left_s <= 1e-9]
+        return [self._report(job_id, self.running.pop(job_id).result) for job_id in ended]
+
+    def _start(self, job: m.LabelJob | m.TrialJob | m.RetrainJob) -> _Running:
+        match job:
+            case m.LabelJob():
+                return _Running(job, *self._world.label(job))
+            case m.TrialJob():
+                return _Running(job, *self._world.trial(job))
+            case m.RetrainJob():
+                return _Running(job, *self._world.retrain(job))
+
+    def _report(self, job_id: str, result: LabelResult | TrialResult | RetrainResult) -> m.Up:
+        self.finished.add(job_id)
+        event_id = next(self._event_ids)
+        match result:
+            case LabelResult():
+                return m.LabelsDone(event_id=event_id, executor_id=self.executor_id, job_id=job_id, result=result)
+            case TrialResult():
+                return m.TrialsDone(event_id=event_id, executor_id=self.executor_id, job_id=job_id, result=result)
+            case RetrainResult():
+                return m.RetrainDone(event_id=event_id, executor_id=self.executor_id, job_id=job_id, result=result)
+
+    def _rate(self, running: _Running) -> float:
+        return self.gpu.speed * share_efficiency(self.gpu, running.job.share)
+
+
+Solver = Callable[[Problem, Plan | None], Plan]
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """One question to the planner and how long the answer took, seconds of wall time."""
+
+    window: int
+    phase: str
+    seconds: float
+    problem: Problem
+    plan: Plan | None
+
+
+class Simulation:
+    """Runs a coordinator with simulated executors until it finishes or ``until_s``.
+
+    ``decision_s`` maps wall seconds of a decision to the virtual seconds that it takes (default: none).
+    """
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        executors: list[SimulatedExecutor],
+        world: World,
+        solver: Solver,
+        *,
+        decision_s: Callable[[float], float] = lambda _: 0.0,
+    ) -> None:
+        self.coordinator = coordinator
+        self.executors = {executor.executor_id: executor for executor in executors}
+        self.now = 0.0
+        self.events: list[TelemetryEvent] = []
+        self.decisions: list[Decision] = []
+        self.finish: Finish | None = None
+        self.peak_share = 0.0
+        self._world = world
+        self._solver = solver
+        self._decision_s = decision_s
+        self._due: list[tuple[float, int, Input]] = []
+        self._order = itertools.count()
+        self._measured_s = 0.0
+
+    def join(self, executor: SimulatedExecutor, incarnation: str = "1") -> None:
+        """An executor joins now."""
+        self.executors[executor.executor_id] = executor
+        executor.advance(self.now)
+        self.give(ExecutorJoined(hello=executor.hello(incarnation)))
+
+    def leave(self, executor_id: str, reason: str = "killed") -> None:
+        """An executor is gone now, with all that it ran."""
+        self._measure()
+        self.executors.pop(executor_id)
+        self.give(ExecutorGone(executor_id=executor_id, reason=reason))
+
+    def run(self, until_s: float = float("inf")) -> None:
+        """Advance virtual time."""
+        while self.finish is None and self.now < until_s:
+            ends = [(executor.next_end_s(), executor) for executor in self.executors.values()]
+            coming = [end for end, _ in ends] + [due for due, _, _ in self._due[:1]]
+            grid = (int(self.now / _TICK_S + 1e-9) + 1) * _TICK_S
+            if self.coordinator.state.phase in ("profiling", "planning", "executing"):
+                boundary = self.coordinator.window_end_s()
+                if boundary > self.now:
+                    coming.append(boundary)
+            self.now = max(self.now, min([grid, until_s, *coming]))
+            self._measure()
+            while self._due and self._due[0][0] <= self.now:
+                self.give(heapq.heappop(self._due)[2])
+            for executor in list(self.executors.values()):
+                for message in executor.take_ended(self.now):
+                    self.give(Received(executor_id=executor.executor_id, message=message))
+            self.give(Tick())
+
+    def give(self, item: Input) -> None:
+        """Hand one input to the coordinator and carry out what it says."""
+        if self.finish is None:
+            self._carry_out(self.coordinator.handle(item, self.now))
+
+    def _carry_out(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            match output:
+                case Send(executor_id=executor_id, message=m.ApplyPlan() as plan):
+                    executor = self.executors.get(executor_id)
+                    if executor is not None:
+                        self._measure()
+                        answer = executor.apply(plan, self.now)
+                        self._later(self.now, Received(executor_id=executor_id, message=answer))
+                case Publish(event=event):
+                    self.events.append(event)
+                case Solve():
+                    self._solve(output)
+                case Finish():
+                    self.finish = output
+                case _:
+                    pass
+        # A shrink on one executor and a growth on another travel separately; only each GPU's own sum counts.
+        self.peak_share = max([self.peak_share, *(e.granted() for e in self.executors.values())])
+
+    def _solve(self, question: Solve) -> None:
+        began = time.perf_counter()
+        plan, reason = None, ""
+        try:
+            plan = self._solver(question.problem, self.coordinator.state.plan)
+        except PlanError as error:
+            reason = str(error)
+        seconds = time.perf_counter() - began
+        self.decisions.append(
+            Decision(window=question.window, phase=question.phase, seconds=seconds, problem=question.problem, plan=plan)
+        )
+        answer = Solved(token=question.token, plan=plan, reason=reason)
+        self._later(self.now + self._decision_s(seconds), answer)
+
+    def _later(self, due_s: float, item: Input) -> None:
+        heapq.heappush(self._due, (due_s, next(self._order), item))
+
+    def _measure(self) -> None:
+        """Account for the accuracy since the last change of anything."""
+        span, begin = self.now - self._measured_s, self._measured_s
+        self._measured_s = self.now
+        state = self.coordinator.state
+        if span <= 0.0 or state.origin_s is None:
+            return
+        jobs = {job.stream.stream_id: job for e in self.executors.values() for job in e.serving.values()}
+        window = state.window if begin >= state.window_opened_s - 1e-9 else state.window - 1
+        for stream_id in state.streams:
+            job = jobs.get(stream_id)
+            accuracy = self._world.accuracy(stream_id, window, job.checkpoint, job.config) if job else 0.0
+            weight = max(1, round(span * 1000))  # in milliseconds: tallies count whole frames
+            event = StreamAccuracy(
+                site_s=self.now - state.origin_s,
+                stream_id=stream_id,
+                window=window,
+                accuracy=accuracy,
+                accuracy_sum=accuracy * weight,
+                num_scored=weight,
+                num_frames=weight,
+                num_analysed=weight if job else 0,
+                num_dropped=0,
+                num_objects=weight,
+                fps=0.0,
+                latency_ms_p50=0.0,
+                model_version=job.checkpoint.version if job else 0,
+                inference_id=job.config.config_id if job else "",
+            )
+            self.events.append(event)
+            self.coordinator.handle(Measured(event=event), self.now)

@@ -1,0 +1,112 @@
+"""What the coordinator remembers. Structs only; all of it survives a restart of the optimizer.
+
+These structs are mutable on purpose: only the coordinator holds them, and only ``handle`` changes them.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from protocol.messages import LabelJob, RetrainJob, TrialJob, WorkerStatus
+from protocol.plan import Plan, PlanVersion, StreamProfile
+from protocol.schema import CheckpointRef, DatasetRef, GpuSpec, InferenceConfig, RetrainConfig
+
+Phase = Literal["gathering", "bootstrap", "profiling", "planning", "executing", "finished"]
+Stage = Literal["label", "train", "trial", "done"]
+PipelineJob = LabelJob | TrialJob | RetrainJob
+
+
+class ExecutorState(msgspec.Struct, kw_only=True):
+    """One joined executor. ``sent`` is the newest plan sent to it, ``applied`` the newest it acknowledged."""
+
+    executor_id: str
+    incarnation: str
+    gpu: GpuSpec
+    backend: str
+    sent: PlanVersion | None = None
+    sent_s: float = 0.0
+    applied: PlanVersion | None = None
+    workers: tuple[WorkerStatus, ...] = ()
+
+
+class RunningRetrain(msgspec.Struct, kw_only=True):
+    """A retraining that was started. ``work_s``: GPU-seconds expected when it started; ``done_s`` of them
+    were done by ``since_s`` (site clock), from when on it runs at ``share``."""
+
+    job: RetrainJob
+    executor_id: str
+    retrain_id: str
+    work_s: float
+    done_s: float
+    since_s: float
+    share: float
+    accuracy_predicted: float
+    started_s: float
+
+
+class StreamState(msgspec.Struct, kw_only=True):
+    """One stream. ``stage``: how far its profiling is. ``profile``: this window's estimates.
+
+    ``settled``: its retraining of this window ended, was refused or failed; no other is started.
+    """
+
+    stream_id: str
+    checkpoint: CheckpointRef | None = None
+    next_version: int = 1
+    dataset: DatasetRef | None = None
+    stage: Stage = "label"
+    profile: StreamProfile | None = None
+    running: RunningRetrain | None = None
+    settled: bool = False
+    swapped: bool = False
+    retrain_id: str = ""
+    serving_executor: str = ""
+    serving_config: InferenceConfig | None = None
+    serving_share: float = 0.0
+    predicted: float | None = None
+
+
+class SiteState(msgspec.Struct, kw_only=True):
+    """The whole. Times are seconds of the site clock; ``origin_s`` is when the streams' clocks started.
+
+    ``ended``: streams whose retraining ended since ``plan`` started at ``plan_s``.
+    ``pipeline``: the labelling, trial or bootstrap job that each executor runs now. ``room_made``: the
+    inference jobs have been planned so that profiling has its share.
+    """
+
+    site: str
+    term: int = 1
+    window: int = -1
+    revision: int = 0
+    phase: Phase = "gathering"
+    origin_s: float | None = None
+    window_opened_s: float = 0.0
+    streams: dict[str, StreamState] = {}
+    plan: Plan | None = None
+    plan_s: float = 0.0
+    ended: list[str] = []
+    pipeline: dict[str, PipelineJob] = {}
+    room_made: bool = False
+    clock_s: float = 0.0
+    clock_wall_s: float = 0.0
+
+
+class Served(msgspec.Struct, frozen=True, kw_only=True):
+    """What a plan in force says about one stream at this moment; ids resolved to configurations."""
+
+    executor_id: str
+    config: InferenceConfig
+    share: float
+
+
+class Retraining(msgspec.Struct, frozen=True, kw_only=True):
+    """A retraining that the plan in force wants to run at this moment."""
+
+    executor_id: str
+    config: RetrainConfig
+    retrain_id: str
+    share: float
+    gpu_seconds: float
+    accuracy_after: float
