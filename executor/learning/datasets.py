@@ -1,0 +1,160 @@
+"""Labelled crops of one stream and window: one safetensors file, its digest inside.
+
+Training and validation crops come from different *blocks of time*. Neighbouring frames show the same objects,
+so a random split would measure memory instead of accuracy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+from numpy.typing import NDArray
+
+from executor.learning.files import inside, write_atomically
+from protocol.errors import InputError
+from protocol.schema import DatasetRef
+
+VALIDATION_SHARE = 0.25
+_NUM_BLOCKS = 8  # two of them validate: the middle and the end of the window, the end being nearest to what comes
+
+
+@dataclass(frozen=True)
+class CropSet:
+    """N labelled crops. ``crops`` uint8 (N, px, px, 3), ``labels`` int64 (N,) indices into the stream's classes,
+    ``frame_index`` int64 (N,), ``is_validation`` and ``is_exemplar`` bool (N,). Exemplars always train."""
+
+    crops: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    frame_index: NDArray[np.int64]
+    is_validation: NDArray[np.bool_]
+    is_exemplar: NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, mask: NDArray[np.bool_] | NDArray[np.int64]) -> CropSet:
+        """The crops that a mask or an index array picks."""
+        return CropSet(
+            self.crops[mask],
+            self.labels[mask],
+            self.frame_index[mask],
+            self.is_validation[mask],
+            self.is_exemplar[mask],
+        )
+
+    @property
+    def train(self) -> CropSet:
+        """The training split, exemplars included."""
+        return self.take(~self.is_validation)
+
+    @property
+    def validation(self) -> CropSet:
+        """The held-out split."""
+        return self.take(self.is_validation)
+
+    def class_counts(self, num_classes: int) -> tuple[int, ...]:
+        """Crops per class."""
+        return tuple(int(count) for count in np.bincount(self.labels, minlength=num_classes))
+
+
+def empty(crop_px: int) -> CropSet:
+    """A set of no crops."""
+    none = np.zeros(0, np.int64)
+    flags = np.zeros(0, np.bool_)
+    return CropSet(np.zeros((0, crop_px, crop_px, 3), np.uint8), none, none, flags, flags)
+
+
+def concatenate(parts: list[CropSet]) -> CropSet:
+    """One set of several with the same crop edge."""
+    return CropSet(
+        np.concatenate([part.crops for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.frame_index for part in parts]),
+        np.concatenate([part.is_validation for part in parts]),
+        np.concatenate([part.is_exemplar for part in parts]),
+    )
+
+
+def validation_frames(frames: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which of the labelled ``frames`` (any order, repeats allowed) are held out: whole blocks of time.
+
+    About a quarter; two frames or more always leave at least one on either side.
+    """
+    ordered = np.unique(frames)
+    if len(ordered) < 2:
+        return ordered[:0]
+    if len(ordered) < _NUM_BLOCKS:
+        return ordered[-max(1, round(VALIDATION_SHARE * len(ordered))) :]
+    block = np.arange(len(ordered)) * _NUM_BLOCKS // len(ordered)
+    held_out: NDArray[np.int64] = ordered[(block + 1) % round(1 / VALIDATION_SHARE) == 0]
+    return held_out
+
+
+def save(store: Path, crops: CropSet, *, stream_id: str, window: int, classes: tuple[str, ...]) -> DatasetRef:
+    """Write the data set of a window, whole or not at all. Raises InputError when it cannot be written."""
+    relative = f"datasets/{stream_id}/w{window:06d}.safetensors"
+    path = inside(store, relative)
+    if path is None:
+        raise InputError(f'stream id "{stream_id}" leads out of the store {store}')
+    tensors: dict[str, Any] = {
+        "crops": crops.crops,
+        "labels": crops.labels,
+        "frame_index": crops.frame_index,
+        "is_validation": crops.is_validation.astype(np.uint8),
+        "is_exemplar": crops.is_exemplar.astype(np.uint8),
+    }
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    metadata = {"format": "ekya-dataset/1", "classes": ",".join(classes), "sha256": _digest(tensors)}
+    try:
+        write_atomically(path, safetensors.numpy.save(tensors, metadata=metadata))
+    except OSError as error:
+        raise InputError(f"data set {path}: cannot be written: {error}") from error
+    num_validation = int(crops.is_validation.sum())
+    return DatasetRef(
+        path=relative,
+        stream_id=stream_id,
+        window=window,
+        num_train=len(crops) - num_validation,
+        num_validation=num_validation,
+        class_counts=crops.class_counts(len(classes)),
+    )
+
+
+def load(store: Path, ref: DatasetRef, classes: tuple[str, ...]) -> CropSet:
+    """The data set of ``ref``. Raises InputError when it is missing, damaged or of other classes than ``classes``."""
+    path = inside(store, ref.path)
+    if path is None:
+        raise InputError(f"data set {ref.path}: leads out of the store {store}")
+    tensors: dict[str, Any]
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"data set {path}: cannot be read ({error}); label the window again") from error
+    if metadata.get("classes") != ",".join(classes):
+        raise InputError(f"data set {path}: its classes are {metadata.get('classes')}, not {','.join(classes)}")
+    if metadata.get("sha256") != _digest(tensors):
+        raise InputError(f"data set {path}: damaged, its digest differs; label the window again")
+    return CropSet(
+        tensors["crops"],
+        tensors["labels"],
+        tensors["frame_index"],
+        tensors["is_validation"].astype(np.bool_),
+        tensors["is_exemplar"].astype(np.bool_),
+    )
+
+
+def _digest(tensors: dict[str, Any]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {tensor.shape};".encode())
+        digest.update(tensor.tobytes())
+    return digest.hexdigest()

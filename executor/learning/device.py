@@ -1,0 +1,81 @@
+"""Devices as workers see them: "cpu:K" is core K, pinned, as a GPU; "cuda:K" is a real one."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import time
+from dataclasses import dataclass, field
+
+import torch
+
+from protocol.errors import DeviceError
+
+_DEVICE = re.compile(r"^(cpu|cuda):(\d{1,4})$")
+
+
+@dataclass
+class Device:
+    """A device that this process has taken. ``num_units``: multiprocessors visible, 0 on CPU devices."""
+
+    name: str
+    torch_device: torch.device
+    num_units: int = 0
+    _idle_s: float = field(default=0.0, repr=False)
+    _start: float = field(default_factory=time.monotonic, repr=False)
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.torch_device.type == "cuda"
+
+    def busy_s(self) -> float:
+        """Busy seconds so far: processor time on a core; on CUDA wall time less :meth:`rested`, after a synchronise."""
+        if not self.is_cuda:
+            return time.process_time()
+        torch.cuda.synchronize(self.torch_device)
+        return time.monotonic() - self._start - self._idle_s
+
+    def rested(self, seconds: float) -> None:
+        """Tell the CUDA clock that the process did nothing for ``seconds``."""
+        self._idle_s += seconds
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory this process has held: of the device on CUDA, resident host memory otherwise."""
+        if self.is_cuda:
+            return int(torch.cuda.max_memory_allocated(self.torch_device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def take_device(name: str) -> Device:
+    """Pin this process to the device ``name`` ("cpu:K" or "cuda:K") and give torch one host thread.
+
+    Raises DeviceError when the name has another form or there is no such core or GPU.
+    """
+    match = _DEVICE.match(name)
+    if match is None:
+        raise DeviceError(f'device "{name}": write "cpu:K" (core K) or "cuda:K" (GPU K)')
+    kind, index = match[1], int(match[2])
+    torch.set_num_threads(1)
+    if kind == "cpu":
+        try:
+            os.sched_setaffinity(0, {index})
+        except OSError as error:
+            cores = ", ".join(str(core) for core in sorted(os.sched_getaffinity(0)))
+            raise DeviceError(f'device "{name}": this process may not run on core {index}; cores: {cores}') from error
+        return Device(name, torch.device("cpu"))
+    if not torch.cuda.is_available():
+        raise DeviceError(f'device "{name}": torch {torch.__version__} finds no usable CUDA driver; use "cpu:K"')
+    if index >= torch.cuda.device_count():
+        raise DeviceError(f'device "{name}": this process sees {torch.cuda.device_count()} GPU(s), counted from 0')
+    torch.cuda.set_device(index)
+    units = torch.cuda.get_device_properties(index).multi_processor_count
+    return Device(name, torch.device("cuda", index), num_units=int(units))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True for host and device memory exhaustion, in whatever shape torch reports it."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)

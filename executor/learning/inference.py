@@ -1,0 +1,181 @@
+"""Serving a stream: analyse the frames that the configuration asks for, carry the result over to the others.
+
+Accuracy of a frame = share of its objects with the right class. A frame that was skipped or dropped is judged
+by the last result, carried over by box overlap, so that sampling costs what it really costs.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from executor.learning import checkpoints
+from executor.learning.device import Device
+from executor.learning.models import Student
+from executor.streams.frames import Frame
+from protocol.errors import CheckpointError
+from protocol.schema import CheckpointRef, InferenceConfig
+
+# Least overlap (intersection over union) at which two boxes of different frames are taken for one object;
+# the usual value of box trackers (SORT, Bewley et al., ICIP 2016).
+MIN_OVERLAP = 0.3
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What was found in a frame: ``boxes`` float32 (n, 4) x0, y0, x1, y1 in pixels, ``labels`` int64 (n,)."""
+
+    boxes: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+
+class Analyser(Protocol):
+    """A model with all that is needed to look at a frame. A detector returns boxes of its own."""
+
+    version: int
+
+    def analyse(self, frame: Frame, resolution_px: int) -> Objects:
+        """The objects of a frame, looked at with ``resolution_px``."""
+        ...
+
+
+class CropClassifier:
+    """Classifies the crops at the frame's own boxes, all objects of a frame in one batch."""
+
+    def __init__(self, student: Student, device: Device, version: int) -> None:
+        self.version = version
+        self._student = student.eval().to(device.torch_device)
+        self._torch_device = device.torch_device
+
+    def analyse(self, frame: Frame, resolution_px: int) -> Objects:
+        if len(frame.boxes) == 0:
+            return Objects(frame.boxes, np.zeros(0, np.int64))
+        return Objects(frame.boxes, self.classify(frame.crops(resolution_px)))
+
+    def classify(self, crops: NDArray[np.uint8]) -> NDArray[np.int64]:
+        """Classes int64 (n,) of uint8 crops (n, px, px, 3)."""
+        with torch.inference_mode():
+            logits = self._student(torch.from_numpy(crops).to(self._torch_device))
+            labels: NDArray[np.int64] = logits.argmax(1).cpu().numpy()
+        return labels
+
+    def warm_up(self, resolution_px: int) -> None:
+        """Run once at this resolution, so that the first frame does not pay for set-up."""
+        self.classify(np.zeros((4, resolution_px, resolution_px, 3), np.uint8))
+
+
+def overlaps(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Intersection over union of boxes (n, 4) and (m, 4): float32 (n, m)."""
+    low = np.maximum(a[:, None, :2], b[None, :, :2])
+    high = np.minimum(a[:, None, 2:], b[None, :, 2:])
+    shared = np.prod(np.clip(high - low, 0.0, None), axis=2)
+    area_a = np.prod(np.clip(a[:, 2:] - a[:, :2], 0.0, None), axis=1)
+    area_b = np.prod(np.clip(b[:, 2:] - b[:, :2], 0.0, None), axis=1)
+    union = area_a[:, None] + area_b[None, :] - shared
+    overlap: NDArray[np.float32] = np.divide(shared, union, out=np.zeros_like(shared), where=union > 0.0)
+    return overlap
+
+
+def carry_over(last: Objects | None, boxes: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Labels for ``boxes`` (n, 4) from an earlier result, each of its objects used once; -1 where none overlaps."""
+    labels = np.full(len(boxes), -1, np.int64)
+    if last is None or len(last.labels) == 0 or len(boxes) == 0:
+        return labels
+    overlap = overlaps(boxes, last.boxes)
+    for _ in range(min(overlap.shape)):
+        here, there = np.unravel_index(int(overlap.argmax()), overlap.shape)
+        if overlap[here, there] < MIN_OVERLAP:
+            break
+        labels[here] = last.labels[there]
+        overlap[here, :] = -1.0
+        overlap[:, there] = -1.0
+    return labels
+
+
+def frame_accuracy(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float | None:
+    """Share of objects with the right class; None for a frame without objects, which is not scored."""
+    return None if len(truth) == 0 else float((found == truth).mean())
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one frame. ``accuracy`` None: nothing to score."""
+
+    analysed: bool
+    num_objects: int
+    accuracy: float | None
+
+
+class InferenceEngine:
+    """The serving state of one stream: model, configuration and the last result."""
+
+    def __init__(self, analyser: Analyser, config: InferenceConfig) -> None:
+        self.analyser = analyser
+        self.config = config
+        self._last: Objects | None = None
+
+    def is_due(self, index: int) -> bool:
+        """Whether the configuration asks for this frame to be analysed."""
+        return index % self.config.frame_interval == 0
+
+    def process(self, frame: Frame, *, dropped: bool = False) -> Outcome:
+        """Analyse the frame when it is due; judge it by the result that then holds."""
+        analysed = not dropped and self.is_due(frame.index)
+        if analysed:
+            self._last = self.analyser.analyse(frame, self.config.resolution_px)
+        found = carry_over(self._last, frame.boxes)
+        return Outcome(analysed, len(frame.labels), frame_accuracy(found, frame.labels))
+
+
+class ModelLoader:
+    """Loads, verifies and warms up a checkpoint in a thread beside the serving model.
+
+    ``error`` holds the reason when it cannot be used. ``busy_s`` is the processor time the thread took, which
+    must not be charged to the frames.
+    """
+
+    def __init__(
+        self, store: Path, ref: CheckpointRef, classes: tuple[str, ...], device: Device, resolution_px: int
+    ) -> None:
+        self.ref = ref
+        self.started = time.monotonic()
+        self.analyser: CropClassifier | None = None
+        self.error = ""
+        self.busy_s = 0.0
+        self._thread = threading.Thread(
+            target=self._load, args=(store, classes, device, resolution_px), name="model-loader", daemon=True
+        )
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """The thread has ended: there is an analyser or an error."""
+        return not self._thread.is_alive()
+
+    def _load(self, store: Path, classes: tuple[str, ...], device: Device, resolution_px: int) -> None:
+        start = time.thread_time()
+        try:
+            self.analyser = load_classifier(store, self.ref, classes, device, resolution_px)
+        except Exception as error:
+            # Whatever is wrong with the new model, the old one goes on serving.
+            self.error = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
+        self.busy_s = time.thread_time() - start
+
+
+def load_classifier(
+    store: Path, ref: CheckpointRef, classes: tuple[str, ...], device: Device, resolution_px: int
+) -> CropClassifier:
+    """A verified, warm classifier of ``ref``. Raises CheckpointError, also when it knows other classes."""
+    student, manifest = checkpoints.load(store, ref)
+    if manifest.classes != classes:
+        raise CheckpointError(f"checkpoint {ref.path}: classifies {manifest.classes}, the stream has {classes}")
+    classifier = CropClassifier(student, device, ref.version)
+    classifier.warm_up(resolution_px)
+    return classifier

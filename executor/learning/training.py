@@ -1,0 +1,145 @@
+"""One student in training: batches, scales, epochs, validation. Shared by retraining and its trials.
+
+Inference runs at several resolutions, so every batch is cut in groups and each group is scaled to another edge.
+The mix is the same in every batch: what a crop costs does not depend on luck, and a short trial can be scaled up.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from executor.learning.datasets import CropSet
+from executor.learning.device import Device
+from executor.learning.models import Student, build_student, replace_head, set_trainable
+from executor.learning.stepping import Stepper
+from protocol.schema import RetrainConfig, StudentSpec
+
+_SCALES = (1.0, 2 / 3, 1 / 2, 1 / 3)
+_MIN_EDGE = 8
+_MIN_GROUP = 4  # batch statistics of fewer crops are noise
+_VALIDATION_BATCH = 64
+_BRIGHTNESS = 0.2
+_DIVERGED_LOSS = 100.0  # times ln(num_classes), the loss of guessing
+
+
+class DivergedError(FloatingPointError):
+    """The loss is not finite or has run away; the weights are worthless."""
+
+
+def student_for(
+    config: RetrainConfig, serving: Student | None, spec: StudentSpec, num_classes: int, device: Device, seed: int
+) -> Student:
+    """The student that a configuration starts from: a copy of ``serving`` (None: a new one), its head and
+    trained blocks as configured, on the device."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        if serving is None:
+            student = build_student(spec, num_classes, config.head_width)
+        else:
+            student = copy.deepcopy(serving)
+            replace_head(student, num_classes, config.head_width)
+    # With nothing pretrained behind it a new student has to train every block, whatever the configuration says.
+    new = serving is None and not spec.checkpoint
+    set_trainable(student, 1.0 if new else config.trained_fraction)
+    return student.to(device.torch_device)
+
+
+def subset(crops: CropSet, size: int, seed: int) -> CropSet:
+    """About ``size`` crops (at least one of every class), the class mix kept, fixed by ``seed``."""
+    if size >= len(crops):
+        return crops
+    draw = np.random.default_rng(seed)
+    picked: list[NDArray[np.int64]] = []
+    for label in np.unique(crops.labels):
+        members = np.flatnonzero(crops.labels == label)
+        count = max(1, round(size * len(members) / len(crops)))
+        picked.append(draw.permutation(members)[:count])
+    return crops.take(np.sort(np.concatenate(picked)))
+
+
+def evaluate(student: Student, crops: CropSet, device: Device, stepper: Stepper | None = None) -> tuple[float, float]:
+    """(accuracy, mean cross-entropy) of the student on ``crops`` at full edge; (0, 0) of no crops."""
+    if len(crops) == 0:
+        return 0.0, 0.0
+    student.eval()
+    num_right, loss = 0, 0.0
+    for start in range(0, len(crops), _VALIDATION_BATCH):
+        batch = slice(start, start + _VALIDATION_BATCH)
+        with torch.inference_mode():
+            logits = student(torch.from_numpy(crops.crops[batch]).to(device.torch_device))
+            labels = torch.from_numpy(crops.labels[batch]).to(device.torch_device)
+            num_right += int((logits.argmax(1) == labels).sum())
+            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+        if stepper is not None:
+            stepper.step()  # a stop takes effect after the validation, or its epoch would be lost
+    return num_right / len(crops), loss / len(crops)
+
+
+class Trainer:
+    """Trains ``student`` in place on ``crops`` with ``config``; Adam, fixed seed.
+
+    Crops are drawn with replacement and with weight 1/sqrt(crops of their class): between the stream's own
+    class mix, which serving wants, and equal classes, which keeps the rare ones alive.
+    """
+
+    def __init__(self, student: Student, config: RetrainConfig, crops: CropSet, device: Device, seed: int) -> None:
+        self._student, self._device = student, device
+        self._crops = torch.from_numpy(crops.crops).to(device.torch_device)
+        self._labels = torch.from_numpy(crops.labels).to(device.torch_device)
+        self._batch_size = config.batch_size
+        counts = np.bincount(crops.labels)
+        weight = 1.0 / np.sqrt(counts[crops.labels])
+        self._weight = weight / weight.sum()
+        self._draw = np.random.default_rng(seed)
+        self._num_batches = 0
+        parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self._optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
+        edge = crops.crops.shape[1]
+        self._edges = tuple(max(_MIN_EDGE, round(scale * edge)) for scale in _SCALES)
+        self._diverged_loss = _DIVERGED_LOSS * math.log(max(2, student.num_classes))
+
+    def epoch(self, stepper: Stepper) -> bool:
+        """Train one pass. True when a stop was requested before its end. Raises DivergedError."""
+        self._student.train()
+        order = self._draw.choice(len(self._weight), size=len(self._weight), p=self._weight)
+        for start in range(0, len(order), self._batch_size):
+            self.batch(torch.from_numpy(order[start : start + self._batch_size]))
+            if stepper.step():
+                return True
+        return False
+
+    def batch(self, picked: Tensor) -> float:
+        """One optimiser step on the crops with these indices; returns the mean loss."""
+        picked = picked.to(self._device.torch_device)
+        num_groups = max(1, min(len(self._edges), len(picked) // _MIN_GROUP))
+        self._optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for position, group in enumerate(torch.tensor_split(picked, num_groups)):
+            # Batches too small for all scales take turns, so that none is left out.
+            edge = self._edges[(position + self._num_batches * (num_groups < len(self._edges))) % len(self._edges)]
+            logits = self._student(self._augmented(self._crops[group], edge))
+            loss = nn.functional.cross_entropy(logits, self._labels[group]) * (len(group) / len(picked))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += float(loss.detach())
+        if not math.isfinite(total) or total > self._diverged_loss:
+            raise DivergedError(f"loss {total:g} after {self._num_batches} steps; lower the learning rate")
+        self._optimizer.step()
+        self._num_batches += 1
+        return total
+
+    def _augmented(self, crops: Tensor, edge: int) -> Tensor:
+        """Scaled to ``edge``, brightness changed per crop, half of the groups mirrored; float (n, edge, edge, 3)."""
+        x = crops.permute(0, 3, 1, 2).float()
+        if edge != crops.shape[1]:
+            x = nn.functional.interpolate(x, size=(edge, edge), mode="area")
+        gain = self._draw.uniform(1.0 - _BRIGHTNESS, 1.0 + _BRIGHTNESS, len(crops)).astype(np.float32)
+        x = (x * torch.from_numpy(gain).to(x.device).view(-1, 1, 1, 1)).clamp_(0.0, 255.0)
+        if self._draw.random() < 0.5:
+            x = x.flip(3)
+        return x.permute(0, 2, 3, 1)

@@ -1,0 +1,208 @@
+"""Micro-profiling trials of one stream: short retrainings on little data, and inference configurations on a clip.
+
+The profiler chooses the trials and fits the curves; here they are run and measured (paper, section 4.3). All
+costs are busy seconds of this device, as if it had been granted whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from executor.learning import checkpoints, datasets
+from executor.learning.datasets import CropSet
+from executor.learning.device import Device
+from executor.learning.inference import CropClassifier, Objects, carry_over, frame_accuracy
+from executor.learning.labeling import burn, oracle_labels
+from executor.learning.models import Student
+from executor.learning.stepping import Stepper
+from executor.learning.training import DivergedError, Trainer, evaluate, student_for, subset
+from executor.streams.frames import Frame, FrameSource
+from protocol.errors import InputError
+from protocol.messages import TrialJob
+from protocol.schema import EpochResult, InferenceConfig, InferenceTrial, RetrainConfig, RetrainTrial, TrialResult
+
+_MIN_TRIAL_CROPS = 8
+
+
+class _StoppedError(Exception):
+    """A stop was requested; what is measured so far is the result."""
+
+
+def run_trials(
+    job: TrialJob,
+    source: FrameSource,
+    store: Path,
+    device: Device,
+    stepper: Stepper,
+    seed: int,
+    on_ready: Callable[[], None],
+) -> TrialResult:
+    """Run all trials of the job; a stop request ends it with those that are complete.
+
+    Retraining trials start from the serving model's weights each time. A configuration whose training
+    diverges is left out. Raises InputError and CheckpointError as loading does.
+    """
+    started, start_busy_s = time.monotonic(), stepper.busy_s()
+    crops = datasets.load(store, job.dataset, job.stream.classes)
+    serving, _ = checkpoints.load(store, job.checkpoint)
+    serving.to(device.torch_device)
+    on_ready()
+    load_busy_s = stepper.busy_s() - start_busy_s
+    if len(crops.train) < 2 or len(crops.validation) < 1:
+        raise InputError(f"data set {job.dataset.path}: too few crops to profile with; raise label_fps")
+    baseline = _epoch(0, serving, crops.validation, device, stepper, stepper.busy_s())
+    retrain: list[RetrainTrial] = []
+    inference: list[InferenceTrial] = []
+    try:
+        inference += _inference_trials(job, serving, source, device, stepper, seed)
+        for config in job.retrain:
+            try:
+                retrain.append(
+                    _retrain_trial(job, config, crops, serving, baseline, load_busy_s, device, stepper, seed)
+                )
+            except DivergedError:
+                continue
+    except _StoppedError:
+        pass
+    return TrialResult(
+        stream_id=job.stream.stream_id,
+        window=job.window,
+        accuracy_now=baseline.accuracy,
+        retrain=tuple(retrain),
+        inference=tuple(inference),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _retrain_trial(
+    job: TrialJob,
+    config: RetrainConfig,
+    crops: CropSet,
+    serving: Student,
+    baseline: EpochResult,
+    load_busy_s: float,
+    device: Device,
+    stepper: Stepper,
+    seed: int,
+) -> RetrainTrial:
+    start = stepper.busy_s()
+    total = max(2, round(config.data_fraction * len(crops.train)))
+    wanted = max(_MIN_TRIAL_CROPS, round(job.data_share * len(crops.train)))
+    part = subset(crops.train, min(total, wanted), seed)
+    student = student_for(config, serving, job.stream.student, len(job.stream.classes), device, seed)
+    trainer = Trainer(student, config, part, device, seed)
+    startup_s = load_busy_s + stepper.busy_s() - start
+    epochs = [baseline]
+    for epoch in range(1, job.num_epochs + 1):
+        start = stepper.busy_s()
+        if trainer.epoch(stepper):
+            raise _StoppedError
+        epochs.append(_epoch(epoch, student, crops.validation, device, stepper, start))
+    return RetrainTrial(
+        config=config,
+        num_samples=len(part),
+        total_samples=total,
+        startup_s=startup_s,
+        epochs=tuple(epochs),
+        memory_bytes=device.peak_memory_bytes(),
+    )
+
+
+def _epoch(
+    epoch: int, student: Student, validation: CropSet, device: Device, stepper: Stepper, start_busy_s: float
+) -> EpochResult:
+    accuracy, loss = evaluate(student, validation, device, stepper)
+    busy_s = max(0.0, stepper.busy_s() - start_busy_s)
+    return EpochResult(epoch=epoch, accuracy=accuracy, loss=loss if np.isfinite(loss) else 1e9, busy_s=busy_s)
+
+
+def _inference_trials(
+    job: TrialJob, serving: Student, source: FrameSource, device: Device, stepper: Stepper, seed: int
+) -> list[InferenceTrial]:
+    """Every configuration on the same clip. Configurations of one resolution share the analysed frames; each
+    is charged for those that it would have analysed."""
+    if not job.inference or job.num_frames < 1:
+        return []
+    stream = job.stream
+    end = round(job.clip_end_s * stream.fps)
+    start_busy_s = stepper.busy_s()
+    frames: list[Frame] = []
+    truth: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+    golden_busy_s = 0.0
+    for index in range(end - job.num_frames, end):
+        frame = source.frame(index)
+        frames.append(frame)
+        golden_start = stepper.busy_s()
+        # Consecutive frames are not among the window's labels: the golden model has to look at them as well.
+        if burn(device, stream.golden.seconds_per_frame, stepper):
+            raise _StoppedError
+        truth.append(oracle_labels(frame.labels, stream.golden.error_rate, len(stream.classes), seed, index))
+        golden_busy_s += stepper.busy_s() - golden_start
+    fetch_s = max(0.0, stepper.busy_s() - start_busy_s - golden_busy_s) / len(frames)
+    classifier = CropClassifier(serving, device, job.checkpoint.version)
+    trials: dict[str, InferenceTrial] = {}
+    for resolution_px in sorted({config.resolution_px for config in job.inference}):
+        configs = [config for config in job.inference if config.resolution_px == resolution_px]
+        results, analyse_s = _analysed(classifier, frames, configs, device, stepper)
+        for config in configs:
+            trials[config.config_id] = _judged(config, frames, truth, results, analyse_s, fetch_s, device, stepper)
+    return [trials[config.config_id] for config in job.inference]
+
+
+def _analysed(
+    classifier: CropClassifier, frames: list[Frame], configs: list[InferenceConfig], device: Device, stepper: Stepper
+) -> tuple[dict[int, Objects], dict[int, float]]:
+    """Result and busy seconds (crops made, classified) of every frame that one of ``configs`` analyses."""
+    resolution_px = configs[0].resolution_px
+    classifier.warm_up(resolution_px)
+    results: dict[int, Objects] = {}
+    busy_s: dict[int, float] = {}
+    for frame in frames:
+        if not any(frame.index % config.frame_interval == 0 for config in configs):
+            continue
+        start = stepper.busy_s()
+        results[frame.index] = classifier.analyse(frame, resolution_px)
+        busy_s[frame.index] = max(0.0, stepper.busy_s() - start)
+        if stepper.step():
+            raise _StoppedError
+    return results, busy_s
+
+
+def _judged(
+    config: InferenceConfig,
+    frames: list[Frame],
+    truth: list[np.ndarray[tuple[int], np.dtype[np.int64]]],
+    results: dict[int, Objects],
+    analyse_s: dict[int, float],
+    fetch_s: float,
+    device: Device,
+    stepper: Stepper,
+) -> InferenceTrial:
+    start = stepper.busy_s()
+    last: Objects | None = None
+    accuracies: list[float] = []
+    num_analysed, analysed_s = 0, 0.0
+    for frame, labels in zip(frames, truth, strict=True):
+        if frame.index % config.frame_interval == 0:
+            last = results[frame.index]
+            num_analysed += 1
+            analysed_s += analyse_s[frame.index]
+        accuracy = frame_accuracy(carry_over(last, frame.boxes), labels)
+        # The frames before a clip's first analysed one have no result to carry over, which no served stream suffers.
+        if accuracy is not None and last is not None:
+            accuracies.append(accuracy)
+    judge_s = max(0.0, stepper.busy_s() - start) / len(frames)
+    per_analysed_s = analysed_s / num_analysed if num_analysed else float(np.mean(list(analyse_s.values()) or [0.0]))
+    if stepper.step():
+        raise _StoppedError
+    return InferenceTrial(
+        config=config,
+        busy_s_per_frame=fetch_s + judge_s + per_analysed_s / config.frame_interval,
+        accuracy=float(np.mean(accuracies)) if accuracies else 0.0,
+        num_frames=len(frames),
+        memory_bytes=device.peak_memory_bytes(),
+    )

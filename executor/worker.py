@@ -1,0 +1,133 @@
+"""The entry of every worker process: one job, one device, one pipe.
+
+The first message is StartJob; what follows is in executor/links.py. However a job ends, the executor is told
+why: JobDone, or JobBroken with a kind that says whose fault it was. When the executor is gone the worker goes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import time
+import traceback
+import zlib
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Literal
+
+from executor.child import die_with_parent
+from executor.learning.device import Device, is_out_of_memory, take_device
+from executor.learning.labeling import label
+from executor.learning.retraining import retrain
+from executor.learning.training import DivergedError
+from executor.learning.trials import run_trials
+from executor.links import EpochDone, JobBroken, JobDone, Ready, StartJob
+from executor.streams.frames import FrameSource
+from executor.streams.open import open_source
+from executor.worker_inference import StreamServer
+from executor.worker_link import Link, ParentGoneError, receive
+from protocol.codec import encode
+from protocol.errors import CheckpointError, DeviceError, InputError, ProtocolError
+from protocol.logs import line
+from protocol.messages import InferenceJob, LabelJob, RetrainJob, TrialJob
+from protocol.schema import LabelResult, RetrainResult, StreamSpec, TrialResult
+
+_log = logging.getLogger(__name__)
+
+BrokenKind = Literal["input", "memory", "diverged", "device", "checkpoint", "internal"]
+
+
+def main(connection: Connection, open_stream: Callable[[StreamSpec], FrameSource] = open_source) -> None:
+    """Run the one job that comes down ``connection``, report on it, and return.
+
+    Must be called from the process's main thread. ``open_stream`` makes the frame source of a stream.
+    """
+    started = time.monotonic()
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the executor decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # files are written whole or not at all: nothing to tidy up
+    try:
+        start = receive(connection)
+        if not isinstance(start, StartJob):
+            raise ProtocolError(f"a worker's first message is StartJob, not {type(start).__name__}")
+        _run(connection, start, started, open_stream)
+    except ParentGoneError:
+        _log.info(line("worker_exit", reason="executor gone"))
+    except ProtocolError as error:
+        _log.error(line("worker_exit", reason=error))
+
+
+def _run(
+    connection: Connection, start: StartJob, started: float, open_stream: Callable[[StreamSpec], FrameSource]
+) -> None:
+    source: FrameSource | None = None
+    try:
+        device = take_device(start.device)
+        link = Link(connection, start, device)
+        source = None if isinstance(start.job, RetrainJob) else open_stream(start.job.stream)
+        result = _work(start, device, link, source, started)
+        if result is not None:
+            link.send(JobDone(result=result))
+    except ParentGoneError:
+        raise
+    except Exception as error:
+        broken = _diagnosis(error)
+        _log.error(line("job_broken", job=start.job.job_id, kind=broken.kind, reason=broken.reason))
+        if broken.kind == "internal":
+            _log.error(traceback.format_exc())
+        _tell(connection, broken)
+    finally:
+        if source is not None:
+            source.close()
+
+
+def _work(
+    start: StartJob, device: Device, link: Link, source: FrameSource | None, started: float
+) -> LabelResult | TrialResult | RetrainResult | None:
+    job, store = start.job, Path(start.store)
+    # Golden errors differ between streams, and stay the same when a frame is labelled again.
+    seed = zlib.crc32(job.stream.stream_id.encode())
+
+    def ready() -> None:
+        link.send(Ready(pid=os.getpid(), startup_s=time.monotonic() - started, num_units=device.num_units))
+
+    if isinstance(job, RetrainJob):
+        return retrain(job, store, device, link, ready, lambda epoch: link.send(EpochDone(epoch=epoch)))
+    if source is None:
+        raise InputError(f"job {job.job_id}: no source")
+    if isinstance(job, InferenceJob):
+        StreamServer(job, source, store, device, link).run(started, start.stats_interval_s)
+        return None
+    if isinstance(job, LabelJob):
+        ready()
+        return label(job, source, store, device, link, seed)
+    if isinstance(job, TrialJob):
+        return run_trials(job, source, store, device, link, seed, ready)
+    raise InputError(f"no such kind of job: {type(job).__name__}")
+
+
+def _diagnosis(error: Exception) -> JobBroken:
+    kind: BrokenKind = "internal"
+    if is_out_of_memory(error):
+        kind = "memory"
+    elif isinstance(error, DivergedError):
+        kind = "diverged"
+    elif isinstance(error, DeviceError):
+        kind = "device"
+    elif isinstance(error, InputError):
+        kind = "input"
+    elif isinstance(error, CheckpointError):
+        kind = "checkpoint"
+    text = str(error).splitlines()[0] if str(error) else ""
+    return JobBroken(
+        kind=kind, reason=text if kind not in ("internal", "memory") else f"{type(error).__name__}: {text}"
+    )
+
+
+def _tell(connection: Connection, broken: JobBroken) -> None:
+    try:
+        connection.send_bytes(encode(broken))
+    except OSError as error:
+        raise ParentGoneError from error

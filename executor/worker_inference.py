@@ -1,0 +1,179 @@
+"""The loop of an inference worker: frames come at the stream's rate, whatever happens here."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import statistics
+import time
+from pathlib import Path
+
+from executor.learning.device import Device
+from executor.learning.inference import InferenceEngine, ModelLoader, Outcome, load_classifier
+from executor.links import Command, Ready, SetInference, StreamStats, SwapModel, Swapped, SwapRefused
+from executor.streams.frames import FrameSource
+from executor.worker_link import Link
+from protocol.logs import line
+from protocol.messages import InferenceJob
+from protocol.schema import CheckpointRef
+
+_log = logging.getLogger(__name__)
+_QUEUE_S = 1.0  # frames older than this are of no use to anybody
+
+
+class Arrivals:
+    """Which frames have arrived and wait to be taken; the oldest are dropped when more than a second of them wait.
+
+    Frame ``i`` arrives at stream time i / fps; the stream's time is ``position_s`` at ``now``.
+    """
+
+    def __init__(self, fps: float, position_s: float, now: float) -> None:
+        self._fps = fps
+        self._origin = now - position_s
+        self._limit = max(2, math.ceil(fps * _QUEUE_S))
+        self._next = math.floor(position_s * fps) + 1
+
+    def arrival(self, index: int) -> float:
+        """When frame ``index`` arrives, on the clock of ``now``."""
+        return self._origin + index / self._fps
+
+    def wait_s(self, now: float) -> float:
+        """Seconds until the next frame that was not taken yet is there; 0 when it is."""
+        return max(0.0, self.arrival(self._next) - now)
+
+    def take(self, now: float) -> tuple[range, int | None]:
+        """(frames that were dropped, the next frame to look at or None)."""
+        newest = math.floor((now - self._origin) * self._fps + 1e-6)
+        first = self._next
+        kept = max(first, newest - self._limit + 1)
+        if kept > newest:
+            return range(0), None
+        self._next = kept + 1
+        return range(first, kept), kept
+
+
+class StreamServer:
+    """Serves one stream until it is told to stop; answers changes of configuration and model between two frames.
+
+    Constructing it loads and warms up the first model: raises CheckpointError.
+    """
+
+    def __init__(self, job: InferenceJob, source: FrameSource, store: Path, device: Device, link: Link) -> None:
+        self._job, self._source, self._store, self._device, self._link = job, source, store, device, link
+        # The stream does not wait for its worker to start: frames that arrive meanwhile queue up or are dropped.
+        self._arrivals = Arrivals(job.stream.fps, job.position_s, time.monotonic())
+        classifier = load_classifier(store, job.checkpoint, job.stream.classes, device, job.config.resolution_px)
+        self._engine = InferenceEngine(classifier, job.config)
+        self._version = classifier.version
+        self._loader: ModelLoader | None = None
+        self._wanted: CheckpointRef | None = None
+        self._result_at = time.monotonic()
+        self._gap_s = 0.0
+        self._took_over = False
+        self._stats = _Stats(time.monotonic())
+        self._conditions = ""
+        link.on_command = self._command
+
+    def run(self, started: float, stats_interval_s: float) -> None:
+        """Serve. ``started``: when the worker began, for its start-up time."""
+        link = self._link
+        link.send(Ready(pid=os.getpid(), startup_s=time.monotonic() - started, num_units=self._device.num_units))
+        link.start_afresh()
+        while not link.stopping:
+            dropped, index = self._arrivals.take(time.monotonic())
+            for lost in dropped:
+                self._process(lost, dropped=True)
+            if index is not None:
+                self._process(index, dropped=False)
+                link.step()
+            else:
+                link.wait(min(self._arrivals.wait_s(time.monotonic()) + 1e-4, stats_interval_s))
+            self._swap()
+            if time.monotonic() - self._stats.since >= stats_interval_s:
+                self._flush()
+        self._flush()
+
+    def _process(self, index: int, *, dropped: bool) -> None:
+        frame = self._source.frame(index)
+        outcome = self._engine.process(frame, dropped=dropped)
+        now = time.monotonic()
+        self._conditions = frame.conditions
+        self._stats.add(outcome, dropped, (now - self._arrivals.arrival(index)) * 1e3)
+        if self._loader is not None or self._took_over:
+            self._gap_s = max(self._gap_s, now - self._result_at)
+        self._result_at = now
+        if self._took_over:
+            self._took_over = False
+            self._link.send(Swapped(version=self._version, gap_ms=self._gap_s * 1e3))
+
+    def _command(self, command: Command) -> None:
+        if isinstance(command, SetInference):
+            self._flush()  # counts belong to the configuration they were made with
+            self._engine.config = command.config
+        elif isinstance(command, SwapModel):
+            self._wanted = command.checkpoint
+        else:
+            _log.warning(line("command_refused", reason=f"{type(command).__name__} while serving"))
+
+    def _swap(self) -> None:
+        """Between two frames: take over the model that is ready, start loading the one that is wanted."""
+        loader = self._loader
+        if loader is not None and loader.done:
+            self._loader = None
+            self._link.excuse(loader.busy_s)
+            if loader.analyser is None:
+                self._link.send(SwapRefused(version=loader.ref.version, reason=loader.error))
+            else:
+                self._flush()
+                self._engine.analyser = loader.analyser
+                self._version = loader.ref.version
+                self._took_over = True
+        if self._wanted is not None and self._loader is None and not self._took_over:
+            wanted, self._wanted = self._wanted, None
+            self._gap_s = 0.0
+            config, classes = self._engine.config, self._job.stream.classes
+            self._loader = ModelLoader(self._store, wanted, classes, self._device, config.resolution_px)
+
+    def _flush(self) -> None:
+        now = time.monotonic()
+        if self._stats.num_frames:
+            config_id = self._engine.config.config_id
+            self._link.send(self._stats.report(now, self._version, config_id, self._conditions))
+        self._stats = _Stats(now)
+
+
+class _Stats:
+    """Counts since the last report."""
+
+    def __init__(self, since: float) -> None:
+        self.since = since
+        self.num_frames = self.num_analysed = self.num_dropped = self.num_objects = self.num_scored = 0
+        self.accuracy_sum = 0.0
+        self.latencies_ms: list[float] = []
+
+    def add(self, outcome: Outcome, dropped: bool, latency_ms: float) -> None:
+        self.num_frames += 1
+        self.num_dropped += dropped
+        self.num_objects += outcome.num_objects
+        if outcome.accuracy is not None:
+            self.num_scored += 1
+            self.accuracy_sum += outcome.accuracy
+        if outcome.analysed:
+            self.num_analysed += 1
+            self.latencies_ms.append(latency_ms)
+
+    def report(self, now: float, version: int, config_id: str, conditions: str) -> StreamStats:
+        return StreamStats(
+            interval_s=now - self.since,
+            num_frames=self.num_frames,
+            num_analysed=self.num_analysed,
+            num_dropped=self.num_dropped,
+            num_objects=self.num_objects,
+            accuracy_sum=self.accuracy_sum,
+            num_scored=self.num_scored,
+            latency_ms_p50=statistics.median(self.latencies_ms) if self.latencies_ms else 0.0,
+            model_version=version,
+            inference_id=config_id,
+            conditions=conditions,
+        )
