@@ -232,9 +232,7 @@ class ControlServer:
                 received.append((peer, codec.message_of(frames, ToServer, max_bytes=codec.MAX_UP_BYTES)))
             except ProtocolError as error:
                 self.malformed += 1
-                _complain(
-                    self._limiter, self._clock(), f"{origin or 'local'} {peer.hex()}", origin, error, self.malformed
-                )
+                _complain(self._limiter, self._clock(), origin, peer.hex()[:16], error, self.malformed)
                 if isinstance(error, VersionMismatchError):
                     reason = f"the optimizer speaks protocol version {PROTOCOL_VERSION} only"
                     self.send(peer, Rejected(reason=reason))
@@ -276,7 +274,7 @@ class ControlClient:
                 received.append(codec.message_of(frames, ToClient))
             except ProtocolError as error:
                 self.malformed += 1
-                _complain(self._limiter, self._clock(), self.address, origin, error, self.malformed)
+                _complain(self._limiter, self._clock(), origin, self.address, error, self.malformed)
                 received.append(error)
         return received
 
@@ -304,7 +302,16 @@ def _send(socket: Socket, frames: list[bytes]) -> bool:
     return True
 
 
-def _complain(limiter: RateLimiter, now: float, peer: str, origin: str, error: ProtocolError, count: int) -> None:
-    held_back = limiter.admit(origin or peer, now)
+def _complain(limiter: RateLimiter, now: float, origin: str, peer: str, error: ProtocolError, count: int) -> None:
+    """One line per IP address and interval; routing ids are the peer's choice and would make new keys for ever."""
+    held_back = limiter.admit(origin, now)
     if held_back is not None:
-        log.warning("%s", line("message_refused", peer=peer, reason=str(error), total=count, held_back=held_back))
+        text = line(
+            "message_refused",
+            origin=origin or "unknown",
+            peer=peer,
+            reason=str(error),
+            total=count,
+            held_back=held_back,
+        )
+        log.warning("%s", text)
