@@ -122,7 +122,7 @@ def check_problem(problem: Problem, where: str = "problem") -> None:
         shares = [share for share, _ in gpu.share_efficiency]
         if shares != sorted(set(shares)) or any(not 0.0 < share <= 1.0 for share in shares):
             raise InputError(f"{where}: gpus[{gpu.gpu_id}].share_efficiency: shares must ascend within (0, 1]")
-        if any(not 0.0 < efficiency for _, efficiency in gpu.share_efficiency):
+        if any(not efficiency > 0.0 for _, efficiency in gpu.share_efficiency):
             raise InputError(f"{where}: gpus[{gpu.gpu_id}].share_efficiency: throughput must be above 0")
     for stream in problem.streams:
         field = f"{where}: streams[{stream.stream_id}]"

@@ -174,9 +174,9 @@ class _SlotModel(_Model):
         for found, xs in zip(options, self.x, strict=True):
             for option, x in zip(found, xs, strict=True):
                 for job in option.jobs:
-                    if job.place.fixed:
-                        fixed[job.place.gpus[0]].append(job.quanta * x)
-                        self.named.add(job.place.gpus[0])
+                    if job.place.only_gpu is not None:
+                        fixed[job.place.only_gpu].append(job.quanta * x)
+                        self.named.add(job.place.only_gpu)
                     else:
                         free[job.place.gpu_class, job.quanta].append(x)
         self.patterns: dict[int, list[tuple[tuple[int, ...], Any]]] = {}
@@ -226,14 +226,14 @@ class _SlotModel(_Model):
                 (-job.quanta, v, index)
                 for v, option in enumerate(chosen)
                 for index, job in enumerate(option.jobs)
-                if not job.place.fixed and job.place.gpu_class == place.gpu_class
+                if job.place.only_gpu is None and job.place.gpu_class == place.gpu_class
             )
             for (_, v, index), (_, g) in zip(jobs, slots, strict=False):
                 where[v, index] = g
         for v, option in enumerate(chosen):
             for index, job in enumerate(option.jobs):
-                if job.place.fixed:
-                    where[v, index] = job.place.gpus[0]
+                if job.place.only_gpu is not None:
+                    where[v, index] = job.place.only_gpu
         self._relabel(where)
         return [_placed(option, [where[v, i] for i in range(len(option.jobs))]) for v, option in enumerate(chosen)]
 

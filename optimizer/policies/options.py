@@ -16,7 +16,7 @@ Option o is dominated by o' if o' is worth as much and asks for no more of anyth
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -41,6 +41,11 @@ class Place:
     gpus: tuple[int, ...]
     gpu_class: int
     fixed: bool = False
+
+    @property
+    def only_gpu(self) -> int | None:
+        """The GPU, where there is no choice of one."""
+        return self.gpus[0] if len(self.gpus) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +75,6 @@ class Option:
     lam_after: int = -1
     moves: bool = False
     shortfall: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Table:
-    """Candidate options of one kind and place, as columns; ``u`` and ``r`` are share quanta of the jobs."""
-
-    kind: Literal["serve", "bundle", "split"]
-    places: tuple[Place, ...]
-    columns: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 class OptionMaker:
@@ -375,33 +371,52 @@ class _Choices:
 
 def _undominated(options: list[Option]) -> list[Option]:
     """Drop every option that another one replaces in each place it could be put (best value first)."""
+    best: dict[tuple[Job, ...], Option] = {}
     ordered = sorted(options, key=lambda o: (o.shortfall, -o.value, sum(job.quanta for job in o.jobs)))
-    kept: list[Option] = []
     for option in ordered:
-        if not any(_replaces(better, option) for better in kept):
+        best.setdefault(option.jobs, option)
+    ordered = list(best.values())
+    demands = _Demands(ordered)
+    kept: list[Option] = []
+    alive = np.ones(len(ordered), dtype=np.bool_)
+    for index, option in enumerate(ordered):
+        if alive[index]:
             kept.append(option)
+            # What comes later is worth no more; what came earlier has been kept already.
+            alive[index + 1 :] &= ~demands.replaced_by(index)[index + 1 :]
     return sorted(kept, key=lambda o: -o.value)
 
 
-def _replaces(better: Option, option: Option) -> bool:
-    """Whether ``better`` (worth as much, not further below the floor) fits wherever ``option`` fits."""
-    if len(better.jobs) == len(option.jobs):
-        return all(_smaller(a, b) for a, b in zip(better.jobs, option.jobs, strict=True))
-    if len(better.jobs) == 1:
-        return any(_smaller(better.jobs[0], job) for job in option.jobs)
-    whole = option.jobs[0]
-    first, second = better.jobs
-    return (
-        _covers(first.place, whole.place)
-        and _covers(second.place, whole.place)
-        and first.quanta + second.quanta <= whole.quanta
-        and first.num_bytes + second.num_bytes <= whole.num_bytes
-    )
+class _Demands:
+    """The jobs of many options as columns (the second job is absent, quanta 0, for serve and bundle)."""
 
+    def __init__(self, options: list[Option]) -> None:
+        jobs = [(option.jobs[0], option.jobs[-1]) for option in options]
+        self.two = np.array([len(option.jobs) == 2 for option in options], dtype=np.bool_)
+        self.gpu_class = np.array([[job.place.gpu_class for job in pair] for pair in jobs]).reshape(-1, 2)
+        named = [[job.place.gpus[0] if job.place.fixed else -1 for job in pair] for pair in jobs]
+        self.named = np.array(named).reshape(-1, 2)
+        self.quanta = np.array([[job.quanta for job in pair] for pair in jobs]).reshape(-1, 2)
+        self.num_bytes = np.array([[job.num_bytes for job in pair] for pair in jobs], dtype=np.int64).reshape(-1, 2)
 
-def _smaller(one: Job, other: Job) -> bool:
-    return one.quanta <= other.quanta and one.num_bytes <= other.num_bytes and _covers(one.place, other.place)
+    def replaced_by(self, better: int) -> NDArray[np.bool_]:
+        """Per option: whether option ``better`` can be put wherever it can be put."""
+        if not self.two[better]:
+            return self._smaller(better, 0, 0) | (self.two & self._smaller(better, 0, 1))
+        straight = self._smaller(better, 0, 0) & self._smaller(better, 1, 1)
+        crossed = self._smaller(better, 0, 1) & self._smaller(better, 1, 0)
+        together = self._covers(better, 0, 0) & self._covers(better, 1, 0)
+        together &= self.quanta[better].sum() <= self.quanta[:, 0]
+        together &= self.num_bytes[better].sum() <= self.num_bytes[:, 0]
+        return np.where(self.two, straight | crossed, together)
 
+    def _smaller(self, better: int, job: int, other: int) -> NDArray[np.bool_]:
+        smaller: NDArray[np.bool_] = self.quanta[better, job] <= self.quanta[:, other]
+        smaller &= self.num_bytes[better, job] <= self.num_bytes[:, other]
+        return smaller & self._covers(better, job, other)
 
-def _covers(wide: Place, narrow: Place) -> bool:
-    return wide.gpu_class == narrow.gpu_class and (len(wide.gpus) > 1 or not wide.fixed or wide.gpus == narrow.gpus)
+    def _covers(self, better: int, job: int, other: int) -> NDArray[np.bool_]:
+        covers: NDArray[np.bool_] = self.gpu_class[better, job] == self.gpu_class[:, other]
+        if self.named[better, job] >= 0:
+            covers &= self.named[better, job] == self.named[:, other]
+        return covers

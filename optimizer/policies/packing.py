@@ -69,7 +69,7 @@ def _assignment(problem: Problem, stream: StreamProfile, choice: Placed) -> Assi
     share = share_of(choice.r, quantum)
     end_s = retrain_seconds(profile, gpu, share)
     retrain = RetrainStep(retrain_id=profile.retrain_id, gpu_id=gpu.gpu_id, share=share, planned_end_s=end_s)
-    steps = (first,)
+    steps: tuple[InferenceStep, ...] = (first,)
     if (choice.lam_after, choice.gpu_after) != (choice.lam, choice.gpu):
         steps += (step(choice.lam_after, choice.gpu_after, (stream.stream_id,), end_s),)
     return Assignment(stream_id=stream.stream_id, inference=steps, retrain=retrain)
