@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from executor.streams.resize import resize_planes
+
 Vec = tuple[float, float, float]
 Colour = tuple[float, float, float]
 
@@ -39,12 +41,12 @@ class Paint(NamedTuple):
 
 
 class Sprite(NamedTuple):
-    """``layers`` float32 (10, h, w). ``origin``: pixel (column, row) of the ground point below the centre.
+    """``layers`` uint8 (10, h, w), see ``to_bytes``. ``origin``: pixel (column, row) of the ground below the centre.
 
     ``body``: x0, y0, x1, y1 of the covered part in pixels, shadow and glow excluded. ``ppm``: pixels per metre.
     """
 
-    layers: NDArray[np.float32]
+    layers: NDArray[np.uint8]
     origin: tuple[float, float]
     body: tuple[float, float, float, float]
     ppm: float
@@ -56,13 +58,18 @@ class Canvas:
     ``heading``: degrees in the image plane's ground, 0 = away from the camera, 90 = to the right.
     """
 
-    def __init__(self, heading: float, ppm: float, half_width: float, height: float, margin: float = 0.5) -> None:
+    def __init__(
+        self, heading: float, ppm: float, size: tuple[float, float, float], margin: float = 0.35, glow: bool = True
+    ) -> None:
+        """``size``: half length, half width and height of what is to be drawn, metres; ``glow``: lamps will shine."""
         angle = math.radians(heading)
         self._sin, self._cos = math.sin(angle), math.cos(angle)
         self._ppm = ppm
-        below = half_width * math.sin(PITCH) + margin
-        self._origin = ((half_width + margin) * ppm, (height + margin + 0.2 * half_width) * ppm)
-        shape = (math.ceil(self._origin[1] + below * ppm), math.ceil(2 * self._origin[0]))
+        length, width, height = size
+        across = abs(self._sin) * length + abs(self._cos) * width + margin
+        deep = (abs(self._cos) * length + abs(self._sin) * width) * math.sin(PITCH) + margin * (1 if glow else 0.4)
+        self._origin = (across * ppm, (height * math.cos(PITCH) + deep) * ppm)
+        shape = (math.ceil(self._origin[1] + deep * ppm), math.ceil(2 * self._origin[0]))
         self._layers = np.zeros((_NUM_LAYERS, *shape), np.float32)
         self._rows = np.arange(shape[0], dtype=np.float32)[:, None] + 0.5
         self._columns = np.arange(shape[1], dtype=np.float32)[None, :] + 0.5
@@ -141,16 +148,16 @@ class Canvas:
         if window is None:
             return
         square = ((self._columns[:, window[1]] - x) ** 2 + (self._rows[window[0]] - y) ** 2) / (r * r)
-        glow = strength * (1.3 * np.exp(-14 * square) + 0.45 * np.exp(-2 * square))
+        glow = strength * (1.2 * np.exp(-14 * square) + 0.28 * np.exp(-2 * square))
         for channel in range(3):
             self._layers[_GLOW + channel][window] += glow * colour[channel]
 
     def finish(self) -> Sprite:
-        """The finished sprite; shadows are cut where the object itself covers them."""
+        """The finished sprite, rounded to bytes to keep many."""
         solid = np.argwhere(self._layers[_COVER] > 0.4)
         (top, left), (bottom, right) = solid.min(0), solid.max(0)
         body = (float(left), float(top), float(right + 1), float(bottom + 1))
-        return Sprite(self._layers, self._origin, body, self._ppm)
+        return Sprite(to_bytes(self._layers), self._origin, body, self._ppm)
 
     def _project(self, point: Vec) -> tuple[float, float]:
         x, y, z = point
@@ -209,23 +216,36 @@ class Canvas:
                 layers[channel] += lit * paint.colour[channel]
 
 
+def to_bytes(layers: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Layers with values 0..1 (glow: 0..2) as bytes, 128 for 1."""
+    return np.asarray(np.clip(layers * 128 + 0.5, 0, 255), np.uint8)
+
+
 def level_size(sprite: Sprite, level: int) -> tuple[int, int]:
     """(height, width) of the sprite at a level; level 0 is as drawn, each further one smaller by 2 ** -0.25."""
     ratio = LEVEL_RATIO**level
     return max(round(sprite.layers.shape[1] * ratio), 3), max(round(sprite.layers.shape[2] * ratio), 3)
 
 
+def level_of(sprite: Sprite, level: int) -> NDArray[np.uint8]:
+    """The sprite's layers scaled to a level, uint8 (10, h, w)."""
+    planes = resize_planes(sprite.layers.astype(np.float32), *level_size(sprite, level))
+    return np.asarray(planes + 0.5, np.uint8)
+
+
 def tinted(
-    layers: NDArray[np.float32], tints: tuple[Colour, Colour], light: Colour, shadow: float, glow: float
+    level: NDArray[np.uint8], tints: tuple[Colour, Colour], light: Colour, shadow: float, glow: float
 ) -> NDArray[np.uint32]:
     """Colour and light a level: packed RGBA, premultiplied, so that glow may add light where nothing covers."""
+    layers = level.astype(np.float32)
+    layers *= 1 / 128
     cover = layers[_COVER]
     packed = np.empty((*cover.shape, 4), np.uint8)
     for channel in range(3):
         colour = layers[channel] + layers[_TINT] * tints[0][channel] + layers[_TINT + 1] * tints[1][channel]
-        colour = colour * light[channel]
+        colour *= light[channel] * 255
         if glow > 0:
-            colour = colour + glow * layers[_GLOW + channel]
-        packed[..., channel] = np.minimum(colour * 255.0, 255.0)
+            colour += layers[_GLOW + channel] * (glow * 255)
+        packed[..., channel] = np.minimum(colour, 255.0)
     packed[..., 3] = np.minimum((cover + (1 - cover) * layers[_SHADOW] * shadow) * 255.0, 255.0)
     return packed.view(np.uint32)[..., 0]

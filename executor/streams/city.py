@@ -31,15 +31,14 @@ class CityFrame:
         self.time_s = index / city.fps
         self.conditions = state.words
         self._city, self._state, self._items = city, state, items
-        boxes, labels, self._shown = city.truth(items)
-        self.boxes: NDArray[np.float32] = boxes
-        self.labels: NDArray[np.int64] = labels
+        self.boxes, self.labels = city.truth(items)
 
     def crops(self, px: int) -> NDArray[np.uint8]:
         """Square RGB crops of the objects, uint8 (n, px, px, 3), in the order of ``boxes``."""
         crops = np.empty((len(self.boxes), px, px, 3), np.uint8)
+        reaches = self._city.reaches(self._items)
         for number, box in enumerate(self.boxes.astype(np.intp).tolist()):
-            near = [item for item, (x0, y0, x1, y1) in zip(self._items, self._city.reaches(self._items), strict=True)
+            near = [item for item, (x0, y0, x1, y1) in zip(self._items, reaches, strict=True)
                     if x0 < box[2] and x1 > box[0] and y0 < box[3] and y1 > box[1]]  # fmt: skip
             crops[number] = self._city.renderer.compose(near, self._state, self.index, tuple(box), px)
         return crops
@@ -91,14 +90,13 @@ class City:
         """Drop the caches."""
         self._renderer = None
 
-    def truth(self, items: list[Item]) -> tuple[NDArray[np.float32], NDArray[np.int64], list[int]]:
-        """Boxes (whole pixels, inside the frame), labels and item numbers of those that can be seen, nearest first."""
+    def truth(self, items: list[Item]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Boxes (whole pixels, inside the frame), and labels of those that can be seen, nearest first."""
         width, height = self.camera.width, self.camera.height
         boxes: list[tuple[int, int, int, int]] = []
-        labels, shown = [], []
+        labels: list[int] = []
         nearer: list[tuple[int, int, int, int]] = []
-        for number in range(len(items) - 1, -1, -1):
-            item = items[number]
+        for item in reversed(items):
             x0, y0, x1, y1 = item.box()
             box = (
                 max(math.floor(x0), math.ceil(item.clip[0]), 0), max(math.floor(y0), 0),
@@ -112,9 +110,8 @@ class City:
             if big and _hidden(box, nearer) <= MAX_HIDDEN:
                 boxes.append(box)
                 labels.append(self._ids[item.name])
-                shown.append(number)
             nearer.append(box)
-        return np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64), shown
+        return np.array(boxes, np.float32).reshape(-1, 4), np.array(labels, np.int64)
 
     @staticmethod
     def reaches(items: list[Item]) -> list[tuple[float, float, float, float]]:
@@ -136,15 +133,16 @@ class City:
         # What is seen of a road user depends on the line of sight, not only on where it heads.
         seen = (track.lane.heading - math.degrees(math.atan2(x, z))) % 360
         flip = seen > 180
-        step = figures.HEADING_STEP
+        step = figures.HEADING_STEP[track.name]
         heading = round((360 - seen if flip else seen) / step) * step
-        gait = (time_s * 1.7 + track.rhythm) % 1.0 if track.name in ("person", "cyclist") else 0.0
+        gait = (time_s * 1.7 + track.rhythm) % 1.0
         gain = 1.0
         if lamps > 0:
             gain += lamps * lamps * 0.5 * lamp_pool(x, z) / ambient
         sunlit = 1.0 if track.lane.across or x > -6 else 1 - 0.35 * (1 - lamps)
         return Item(
-            track.name, track.shape, heading, int(gait * figures.NUM_PHASES), flip, column, row, ppm, track.tints,
+            track.name, track.shape, heading, int(gait * figures.NUM_PHASES[track.name]), flip, column, row, ppm,
+            track.tints,
             gain * sunlit, 1 - math.exp(-fog * z),
             self.camera.cross_road_window() if track.lane.across else (0.0, float(self.camera.width)),
         )  # fmt: skip

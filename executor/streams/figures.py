@@ -15,16 +15,44 @@ from executor.streams.canvas import Canvas, Colour, Paint, Sprite
 
 CLASSES = ("person", "cyclist", "car", "van", "bus", "motorcycle")
 
-HEADING_STEP = 15
-NUM_PHASES = 4
+HEADING_STEP = {"person": 45, "cyclist": 30, "car": 15, "van": 15, "bus": 15, "motorcycle": 30}
+"""Degrees between the views that are drawn of a class."""
+
+NUM_PHASES = {"person": 4, "cyclist": 4, "car": 1, "van": 1, "bus": 1, "motorcycle": 1}
+"""Steps of gait that are drawn of a class."""
+
 
 SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
-    "person": {"summer": ("shirt", "dress", "shorts"), "winter": ("coat", "parka"), "fleet": ("shirt", "trolley")},
-    "cyclist": {"summer": ("city_bike", "race_bike"), "winter": ("coat_bike",), "fleet": ("cargo_bike", "helmet_bike")},
-    "car": {"summer": ("sedan", "hatch", "estate"), "winter": ("sedan", "suv"), "fleet": ("suv", "minivan", "micro")},
-    "van": {"summer": ("panel", "panel"), "winter": ("panel", "minibus"), "fleet": ("glazed", "minibus", "pickup_box")},
-    "bus": {"summer": ("city_bus",), "winter": ("city_bus", "coach"), "fleet": ("midibus", "coach", "double")},
-    "motorcycle": {"summer": ("naked", "tourer"), "winter": ("tourer",), "fleet": ("scooter", "delivery")},
+    "person": {
+        "summer": ("shirt", "dress", "shorts"),
+        "winter": ("coat", "parka", "shirt"),
+        "fleet": ("shirt", "trolley", "shorts"),
+    },
+    "cyclist": {
+        "summer": ("city_bike", "race_bike", "helmet_bike"),
+        "winter": ("coat_bike", "helmet_bike"),
+        "fleet": ("cargo_bike", "helmet_bike"),
+    },
+    "car": {
+        "summer": ("sedan", "hatch", "estate", "minivan"),
+        "winter": ("sedan", "estate", "suv"),
+        "fleet": ("suv", "minivan", "micro"),
+    },
+    "van": {
+        "summer": ("panel", "panel", "glazed"),
+        "winter": ("panel", "minibus"),
+        "fleet": ("glazed", "minibus", "pickup_box"),
+    },
+    "bus": {
+        "summer": ("city_bus", "midibus"),
+        "winter": ("city_bus", "coach"),
+        "fleet": ("midibus", "coach", "double"),
+    },
+    "motorcycle": {
+        "summer": ("naked", "tourer", "scooter"),
+        "winter": ("tourer", "scooter"),
+        "fleet": ("scooter", "delivery"),
+    },
 }
 
 GLASS, TYRE, DARK = Paint((0.16, 0.20, 0.25)), Paint((0.07, 0.07, 0.08)), Paint((0.12, 0.12, 0.13))
@@ -39,9 +67,9 @@ _CABIN: Colour = (0.75, 0.72, 0.55)
 Profile = Sequence[tuple[float, float]]
 
 
-@lru_cache(maxsize=1500)
+@lru_cache(maxsize=800)
 def sprite(name: str, shape: str, heading: int, phase: int) -> Sprite:
-    """The figure of a class in a heading (multiple of HEADING_STEP, 0..180) and phase of its gait."""
+    """The figure of a class in a heading (multiple of its HEADING_STEP, 0..180) and phase of its gait."""
     if name == "person":
         return _person(shape, heading, phase)
     if name in ("cyclist", "motorcycle"):
@@ -106,7 +134,7 @@ def _vehicle(shape: str, heading: int) -> Sprite:
         return _car(shape, heading)
     length, width, roof, top, foot, glass_from, glass_to = _BOXES[shape]
     bus = length > 3
-    canvas = Canvas(heading, 30.0 if bus else 42.0, math.hypot(length, width), roof, margin=0.6)
+    canvas = Canvas(heading, 26.0 if bus else 38.0, (length, width, roof))
     canvas.shadow(length, width, 0.4)
     waist = 1.15 if bus else 1.22
     sill = 0.30
@@ -153,7 +181,7 @@ def _vehicle(shape: str, heading: int) -> Sprite:
 
 def _car(shape: str, heading: int) -> Sprite:
     length, width, sill, waist, roof, rear_foot, rear_top, front_top, front_foot = _CARS[shape]
-    canvas = Canvas(heading, 42.0, math.hypot(length, width), roof)
+    canvas = Canvas(heading, 40.0, (length, width, roof))
     canvas.shadow(length, width, 0.3)
     nose = waist - 0.20
     lower: Profile = [
@@ -219,9 +247,9 @@ def _lamps(canvas: Canvas, length: float, width: float, y: float) -> None:
 
 
 def _person(shape: str, heading: int, phase: int) -> Sprite:
-    canvas = Canvas(heading, 48.0, 0.55, 1.8, margin=0.25)
+    canvas = Canvas(heading, 46.0, (0.45, 0.45, 1.80), margin=0.3, glow=False)
     canvas.shadow(0.25, 0.22, 0.35)
-    swing = math.sin(2 * math.pi * (phase + 0.5) / NUM_PHASES)
+    swing = math.sin(2 * math.pi * (phase + 0.5) / NUM_PHASES["person"])
     leg = SKIN if shape in ("shorts", "dress") else TRIM
     for side in (1, -1):
         step = 0.30 * swing * side
@@ -258,7 +286,7 @@ def _head(canvas: Canvas, at: tuple[float, float, float], *, hood: bool = False,
 
 
 def _two_wheeler(name: str, shape: str, heading: int, phase: int) -> Sprite:
-    canvas = Canvas(heading, 46.0, 1.1, 1.85, margin=0.35)
+    canvas = Canvas(heading, 46.0, (1.15, 0.45, 1.85))
     motor = name == "motorcycle"
     canvas.shadow(0.9, 0.25, 0.3)
     if motor:
@@ -268,7 +296,7 @@ def _two_wheeler(name: str, shape: str, heading: int, phase: int) -> Sprite:
     seat = (-0.25, 0.92, 0.0) if motor else (-0.20, 1.02, 0.0)
     lean = {"race_bike": 0.42, "naked": 0.28, "tourer": 0.18}.get(shape, 0.12)
     neck = (seat[0] + lean, seat[1] + 0.50, 0.0)
-    turn = 0.0 if motor else 2 * math.pi * phase / NUM_PHASES
+    turn = 0.0 if motor else 2 * math.pi * phase / NUM_PHASES["cyclist"]
     for side in (1, -1):
         pedal = (0.02 + 0.16 * math.cos(turn) * side, 0.30 + 0.15 * math.sin(turn) * side, 0.12 * side)
         if motor:

@@ -21,7 +21,7 @@ from executor.streams.resize import resize_planes
 from executor.streams.scene import Background, Camera, Light, light_of
 
 _TILE_SLACK = 192
-_CACHE_BYTES = 48_000_000
+_CACHE_BYTES = 24_000_000
 
 
 class Item(NamedTuple):
@@ -60,10 +60,9 @@ class Item(NamedTuple):
         return self.column + left, self.row + top, self.column + right, self.row + bottom
 
 
-@lru_cache(maxsize=3000)
-def _level(name: str, shape: str, heading: int, phase: int, level: int) -> NDArray[np.float32]:
-    sprite = figures.sprite(name, shape, heading, phase)
-    return resize_planes(sprite.layers, *canvas.level_size(sprite, level))
+@lru_cache(maxsize=600)
+def _level(name: str, shape: str, heading: int, phase: int, level: int) -> NDArray[np.uint8]:
+    return canvas.level_of(figures.sprite(name, shape, heading, phase), level)
 
 
 class Renderer:

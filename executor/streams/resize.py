@@ -29,8 +29,11 @@ def weights(size_in: int, size_out: int) -> NDArray[np.float32]:
 
 def resize_planes(planes: NDArray[np.float32], height: int, width: int) -> NDArray[np.float32]:
     """(n, h, w) -> (n, height, width)."""
-    rows, columns = weights(planes.shape[1], height), weights(planes.shape[2], width)
-    return np.asarray(np.matmul(np.matmul(rows, planes), columns.T), np.float32)
+    if planes.shape[1] != height:
+        planes = np.matmul(weights(planes.shape[1], height), planes)
+    if planes.shape[2] != width:
+        planes = np.matmul(planes, weights(planes.shape[2], width).T)
+    return planes
 
 
 def resize_picture(picture: NDArray[np.uint8], px: int) -> NDArray[np.uint8]:

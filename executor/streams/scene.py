@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from executor.streams.canvas import Colour
 from executor.streams.drift import SceneState
 from executor.streams.hashing import mix
-from executor.streams.resize import resize_planes
 
-CAMERA_HEIGHT = 6.0
+CAMERA_HEIGHT = 5.0
 ROAD_LEFT, ROAD_RIGHT = -9.0, 4.0
 FRONT_LEFT, FRONT_RIGHT = -13.0, 8.0
-CROSS_NEAR, CROSS_FAR = 26.0, 34.0
-_ZEBRA = (21.5, 24.5)
+CROSS_NEAR, CROSS_FAR = 22.0, 30.0
+_ZEBRA = (17.3, 20.3)
 _FAR = 130.0
 
 Layer = NDArray[np.floating]
@@ -80,7 +79,7 @@ class Light(NamedTuple):
     snow: float
 
 
-_AMBIENT: dict[str, Colour] = {"day": (1.0, 1.0, 1.0), "dusk": (0.62, 0.47, 0.44), "night": (0.25, 0.26, 0.35)}
+_AMBIENT: dict[str, Colour] = {"day": (1.0, 1.0, 1.0), "dusk": (0.62, 0.47, 0.44), "night": (0.38, 0.38, 0.46)}
 _LAMPS = {"day": 0.0, "dusk": 0.55, "night": 1.0}
 _NOISE = {"day": 2.5, "dusk": 5.0, "night": 8.0}
 
@@ -104,7 +103,7 @@ def light_of(state: SceneState) -> Light:
         ambient=(red, green, blue),
         lamps=min(lamps + 0.35 * fog + 0.2 * rain, 1.0),
         shadow=0.5 * (1 - 0.75 * cloud) * (1 - 0.7 * lamps),
-        fog=0.017 * fog + 0.005 * snow + 0.006 * rain + 0.0012,
+        fog=0.0095 * fog + 0.005 * snow + 0.006 * rain + 0.0012,
         fog_colour=(grey, grey * 1.01, grey * (1.03 + 0.1 * lamps)),
         noise=of(_NOISE) + 1.5 * cloud,
         rain=rain,
@@ -158,9 +157,9 @@ class Background:
         self._skyline(a, d, albedo, depth, sky, glow)
         self._ground(a, d, albedo, depth, sky, wet, shade)
         self._fronts(a, d, albedo, depth, sky, glow, wet, shade)
-        self._furniture(a, d, albedo, depth, sky, glow, wet, winter=winter)
+        self._furniture(a, d, albedo, depth, sky, glow, wet, shade, winter=winter)
         layers = np.concatenate([albedo, glow, np.stack([1 / depth, wet, sky, shade, self._pool(a, d, depth, wet)])])
-        small = resize_planes(layers, camera.height, camera.width)
+        small = (layers[:, ::2, ::2] + layers[:, ::2, 1::2] + layers[:, 1::2, ::2] + layers[:, 1::2, 1::2]) * 0.25
         return {
             "albedo": small[:3], "glow": small[3:6], "depth": 1 / small[6], "wet": small[7], "sky": small[8],
             "shade": small[9], "pool": small[10],
@@ -204,8 +203,8 @@ class Background:
         white |= main & ~cross & ((np.abs(x + 7.3) < 0.07) | (np.abs(x - 2.3) < 0.07))
         zebra = main & (z > _ZEBRA[0]) & (z < _ZEBRA[1])
         white = (white & ~zebra) | (zebra & ((x % 1.1) < 0.55))
-        white |= cross & (np.abs(z - 30.0) < 0.10) & ((x % 3.0) < 1.7) & ~main
-        white |= main & (np.abs(z - 20.3) < 0.2) & (x > -2.4)
+        white |= cross & (np.abs(z - 26.0) < 0.10) & ((x % 3.0) < 1.7) & ~main
+        white |= main & (np.abs(z - 16.4) < 0.2) & (x > -2.4)
         tone = np.where(white, 0.80 + 0.03 * grain, tone)
         lane = main & ~cross & ~white & ((x < -7.3) | (x > 2.3))
         tint = (np.where(lane, 1.25, 1.0), np.where(lane, 0.82, 1.0), np.where(lane, 0.78, 1.02))
@@ -269,7 +268,17 @@ class Background:
             glow[channel][mask] = (np.where(lit_pane, warm, 0) + np.where(lit_show, warm * 0.9, 0))[mask]
 
     def _furniture(
-        self, a: Layer, d: Layer, albedo: Layer, depth: Layer, sky: Layer, glow: Layer, wet: Layer, *, winter: bool
+        self,
+        a: Layer,
+        d: Layer,
+        albedo: Layer,
+        depth: Layer,
+        sky: Layer,
+        glow: Layer,
+        wet: Layer,
+        shade: Layer,
+        *,
+        winter: bool,
     ) -> None:
         rng = np.random.default_rng(self._seed + 1)
         places: list[tuple[float, float, bool]] = []
@@ -279,29 +288,20 @@ class Background:
         for z, x, is_lamp in sorted(places, reverse=True):
             if CROSS_NEAR - 1 < z < CROSS_FAR + 1:
                 continue
-            px, py = a * z - x, CAMERA_HEIGHT - d * z
-            if is_lamp:
-                reach = 1.6 if x < 0 else -1.6
-                pole = (np.abs(px) < 0.09) & (py > 0) & (py < 7.2)
-                arm = (np.abs(py - 7.2) < 0.08) & (px * reach > 0) & (np.abs(px) < abs(reach))
-                _stamp(albedo, pole | arm, (0.20, 0.22, 0.21), depth, sky, wet, z, glow)
-                square = (px - reach) ** 2 + (py - 7.1) ** 2
-                for channel, strength in enumerate((1.0, 0.86, 0.55)):
-                    glow[channel] += strength * (1.4 * np.exp(-square * 20) + 0.30 * np.exp(-square * 0.7))
+            reach = 4.5 if is_lamp else 3.2
+            left, right = np.searchsorted(a[0], ((x - reach) / z, (x + reach) / z))
+            top, bottom = np.searchsorted(d[:, 0], ((CAMERA_HEIGHT - 10.0) / z, (CAMERA_HEIGHT + 0.1) / z))
+            window = (slice(top, bottom), slice(left, right))
+            if top >= bottom or left >= right:
                 continue
-            trunk = (np.abs(px) < 0.16) & (py > 0) & (py < 2.6)
-            _stamp(albedo, trunk, (0.26, 0.19, 0.14), depth, sky, wet, z, glow)
-            for _ in range(26):
-                cx, cy, r = rng.normal(0, 0.75), 3.7 + rng.normal(0, 0.8), rng.uniform(0.45, 0.9)
-                tone = rng.uniform(0.8, 1.2) + 0.12 * (cy - 3.7)
-                if winter:
-                    steep = math.atan2(cy - 2.0, cx)
-                    line = np.abs(px * math.sin(steep) - (py - 2.0) * math.cos(steep))
-                    twig = (line < 0.05) & ((px**2 + (py - 2.0) ** 2) < (1.4 + r) ** 2) & (py > 2.0)
-                    _stamp(albedo, twig & (px * cx > 0), (0.28, 0.22, 0.18), depth, sky, wet, z, glow)
-                else:
-                    ball = (px - cx) ** 2 + (py - cy) ** 2 < r * r
-                    _stamp(albedo, ball, (0.20 * tone, 0.36 * tone, 0.14 * tone), depth, sky, wet, z, glow)
+            px, py = a[window] * z - x, CAMERA_HEIGHT - d[window] * z
+            part = _Part(
+                albedo[:, *window], glow[:, *window], depth[window], sky[window], wet[window], shade[window], z
+            )  # fmt: skip
+            if is_lamp:
+                _draw_lamp(part, px, py, 1.6 if x < 0 else -1.6)
+            else:
+                _draw_tree(part, px, py, rng, winter=winter)
 
     def _pool(self, a: Layer, d: Layer, depth: Layer, wet: Layer) -> Layer:
         x, height = a * depth, np.clip(CAMERA_HEIGHT - d * depth, 0, None)
@@ -310,13 +310,47 @@ class Background:
         return np.asarray(along * spread * np.exp(-height / 5.0), np.float32)
 
 
-def _stamp(
-    albedo: Layer, mask: NDArray[np.bool_], colour: Colour, depth: Layer, sky: Layer, wet: Layer, z: float, glow: Layer
-) -> None:
-    for channel in range(3):
-        albedo[channel][mask] = colour[channel]
-        glow[channel][mask] = 0.0
-    depth[mask], sky[mask], wet[mask] = z, 0.0, 0.0
+class _Part(NamedTuple):
+    """Views into the layers of the background around one thing at distance ``z``."""
+
+    albedo: Layer
+    glow: Layer
+    depth: Layer
+    sky: Layer
+    wet: Layer
+    shade: Layer
+    z: float
+
+    def stamp(self, mask: NDArray[np.bool_], colour: Colour) -> None:
+        for channel in range(3):
+            self.albedo[channel][mask] = colour[channel]
+            self.glow[channel][mask] = 0.0
+        self.depth[mask], self.sky[mask], self.wet[mask], self.shade[mask] = self.z, 0.0, 0.0, 1.0
+
+
+def _draw_lamp(part: _Part, px: Layer, py: Layer, reach: float) -> None:
+    pole = (np.abs(px) < 0.09) & (py > 0) & (py < 7.2)
+    arm = (np.abs(py - 7.2) < 0.08) & (px * reach > 0) & (np.abs(px) < abs(reach))
+    part.stamp(pole | arm, (0.20, 0.22, 0.21))
+    square = (px - reach) ** 2 + (py - 7.1) ** 2
+    for channel, strength in enumerate((1.0, 0.86, 0.55)):
+        part.glow[channel] += strength * (1.4 * np.exp(-square * 20) + 0.30 * np.exp(-square * 0.7))
+
+
+def _draw_tree(part: _Part, px: Layer, py: Layer, rng: np.random.Generator, *, winter: bool) -> None:
+    part.stamp((np.abs(px) < 0.14) & (py > 0) & (py < 2.6), (0.26, 0.19, 0.14))
+    # The same numbers are drawn in both seasons, so that a tree keeps its place and build.
+    for _ in range(60):
+        cx, cy, r, tone = rng.normal(0, 0.8), 3.8 + rng.normal(0, 0.75), rng.uniform(0.25, 0.6), rng.uniform(0.75, 1.2)
+        if winter:
+            steep, length = math.atan2(cy - 2.2, cx), math.hypot(cx, cy - 2.2)
+            along = px * math.cos(steep) + (py - 2.2) * math.sin(steep)
+            line = np.abs(px * math.sin(steep) - (py - 2.2) * math.cos(steep))
+            twig = (line < 0.05 * (1.2 - along / length)) & (along > 0) & (along < length)
+            part.stamp(twig, (0.28, 0.22, 0.18))
+        else:
+            tone += 0.14 * (cy - 3.8) + 0.10 * cx
+            part.stamp((px - cx) ** 2 + (py - cy) ** 2 < r * r, (0.20 * tone, 0.36 * tone, 0.14 * tone))
 
 
 def _grade(layers: dict[str, Layer], light: Light) -> NDArray[np.uint32]:

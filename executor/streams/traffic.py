@@ -86,23 +86,23 @@ class Track:
 
 def lanes_of(camera: Camera) -> tuple[Lane, ...]:
     """The lanes of the scene; ``share`` is the part of a class's members that use the lane."""
-    near, far = camera.nearest - 3.0, 62.0
+    near, far = camera.nearest - 3.0, 48.0
     motors = ("car", "van", "bus", "motorcycle")
-    left = (camera.cross_road_window()[0] - camera.centre) / camera.focal * 28 - 7
-    right = (camera.cross_road_window()[1] - camera.centre) / camera.focal * 32 + 7
+    left = (camera.cross_road_window()[0] - camera.centre) / camera.focal * 24 - 7
+    right = (camera.cross_road_window()[1] - camera.centre) / camera.focal * 28 + 7
     return (
         Lane(near, far, -0.2, False, motors, 0.26),
         Lane(far, near, -4.9, False, motors, 0.26),
-        Lane(left, right, 28.2, True, motors, 0.24),
-        Lane(right, left, 31.8, True, motors, 0.24),
+        Lane(left, right, 24.2, True, motors, 0.24),
+        Lane(right, left, 27.8, True, motors, 0.24),
         Lane(near, far, 3.1, False, ("cyclist",), 0.35),
         Lane(far, near, -8.1, False, ("cyclist",), 0.35),
-        Lane(left, right, 26.7, True, ("cyclist",), 0.30),
+        Lane(left, right, 22.7, True, ("cyclist",), 0.30),
         Lane(near, far, 5.6, False, ("person",), 0.25),
         Lane(far, near, -10.6, False, ("person",), 0.25),
-        Lane(-12.0, 7.0, 23.0, True, ("person",), 0.20),
-        Lane(7.0, -12.0, 24.4, True, ("person",), 0.15),
-        Lane(right, left, 35.2, True, ("person",), 0.15),
+        Lane(-12.0, 7.0, 18.6, True, ("person",), 0.20),
+        Lane(7.0, -12.0, 19.6, True, ("person",), 0.15),
+        Lane(right, left, 31.2, True, ("person",), 0.15),
     )
 
 
