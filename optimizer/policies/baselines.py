@@ -1,0 +1,161 @@
+"""What the planner is measured against; the same signature as every policy: (problem, budget in seconds) -> plan.
+
+- ``fair``: an equal split over all jobs, the best configurations for it (the thief before its first theft).
+- ``uniform``: one retraining configuration for all streams, an equal split over the streams, a fixed
+  part of it for inference (paper, section 6.1). Without parameters: its best variant by the judge.
+- ``thief_fixed_config``: thefts, but one retraining configuration for all streams (paper, factor analysis).
+- ``none``: no retraining; the inference configurations that make the most of the GPUs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import msgspec
+
+from optimizer.execution import capacity_quanta
+from optimizer.objective import judge
+from optimizer.policies.milp import milp
+from optimizer.policies.packing import Placed, Wish, pack
+from optimizer.policies.thief import Shares, heuristic_plan
+from protocol.errors import PlanError
+from protocol.plan import Plan, Problem
+
+Level = Literal["low", "middle", "high"]
+LEVELS: tuple[Level, ...] = get_args(Level)
+INFERENCE_PARTS = (0.3, 0.5, 0.7, 0.9)
+
+
+def fair(problem: Problem, budget_s: float) -> Plan:
+    """An equal split over all jobs. PlanError when the streams cannot be served at all."""
+    started_s = time.monotonic()
+    return heuristic_plan(problem, pack(problem, Shares(problem).wishes()), "fair", started_s)
+
+
+def retrain_at_level(problem: Problem, level: Level) -> list[int]:
+    """Per stream the index of one retraining configuration for all, -1 where a stream does not have it.
+
+    The configuration is taken from the Pareto front of mean cost against mean accuracy after
+    retraining over all streams: its cheapest ("low"), its most expensive ("high") or its middle member.
+    """
+    costs: dict[str, list[float]] = defaultdict(list)
+    reached: dict[str, list[float]] = defaultdict(list)
+    for stream in problem.streams:
+        for profile in stream.retrain:
+            if profile.pinned_gpu is None:
+                costs[profile.retrain_id].append(profile.gpu_seconds)
+                reached[profile.retrain_id].append(profile.accuracy_after - stream.accuracy_now)
+    common = max((len(found) for found in costs.values()), default=0)
+    means = sorted(
+        (sum(costs[name]) / common, -sum(reached[name]) / common, name) for name in costs if len(costs[name]) == common
+    )
+    front: list[str] = []
+    best = float("inf")
+    for _, loss, name in means:
+        if loss < best:
+            front.append(name)
+            best = loss
+    if not front:
+        return [-1] * len(problem.streams)
+    name = front[{"low": 0, "middle": len(front) // 2, "high": -1}[level]]
+    return [
+        next((i for i, profile in enumerate(stream.retrain) if profile.retrain_id == name), -1)
+        for stream in problem.streams
+    ]
+
+
+def uniform_variant(level: Level, inference_part: float) -> Callable[[Problem, float], Plan]:
+    """The uniform policy with one retraining configuration and a fixed part of each stream's share for inference."""
+    name = f"uniform:{level}:{inference_part:g}"
+
+    def policy(problem: Problem, budget_s: float) -> Plan:
+        started_s = time.monotonic()
+        pool = sum(capacity_quanta(gpu, problem.share_quantum) for gpu in problem.gpus)
+        each = max(1, pool // len(problem.streams))
+        lam_quanta = max(1, round(inference_part * each))
+        wishes = [
+            Wish(lam_quanta=lam_quanta, gamma=gamma, r=each - lam_quanta) for gamma in retrain_at_level(problem, level)
+        ]
+        return heuristic_plan(problem, pack(problem, wishes), name, started_s)
+
+    return policy
+
+
+def uniform(problem: Problem, budget_s: float) -> Plan:
+    """The best uniform variant by the judge; the report says which one it was."""
+    started_s = time.monotonic()
+    plans = [uniform_variant(level, part)(problem, budget_s) for level in LEVELS for part in INFERENCE_PARTS]
+    best = max(plans, key=lambda plan: judge(problem, plan).rank)
+    report = msgspec.structs.replace(
+        best.report, policy="uniform", detail=best.report.policy, seconds=time.monotonic() - started_s
+    )
+    return msgspec.structs.replace(best, report=report)
+
+
+def thief_fixed_config(problem: Problem, budget_s: float) -> Plan:
+    """Thefts with one retraining configuration for all streams: the best of the three levels by the judge."""
+    started_s = time.monotonic()
+    plans = []
+    for level in LEVELS:
+        allowed = [[gamma] if gamma >= 0 else [] for gamma in retrain_at_level(problem, level)]
+        shares = Shares(problem, allowed)
+        shares.steal(started_s + budget_s)
+        plans.append(heuristic_plan(problem, pack(problem, shares.wishes()), "thief:fixed-config", started_s, level))
+    return max(plans, key=lambda plan: judge(problem, plan).rank)
+
+
+def none(problem: Problem, budget_s: float) -> Plan:
+    """No retraining: a multiple-choice knapsack over inference configurations, solved by ``milp``."""
+    started_s = time.monotonic()
+    streams = tuple(msgspec.structs.replace(stream, retrain=()) for stream in problem.streams)
+    without = msgspec.structs.replace(problem, streams=streams)
+    # Its bound holds for plans without retraining only, so it is no bound on this problem.
+    plan = milp(without, budget_s)
+    report = msgspec.structs.replace(
+        plan.report,
+        policy="none",
+        status="heuristic",
+        bound=None,
+        gap=None,
+        seconds=time.monotonic() - started_s,
+    )
+    return msgspec.structs.replace(plan, report=report)
+
+
+def repaired(problem: Problem, last: Plan) -> Plan:
+    """What ``last`` still says, as far as it can be done on ``problem``: a start when nothing else can be had.
+
+    Streams keep what they are served with, retrainings go on or start as planned; new streams get one quantum.
+    """
+    started_s = time.monotonic()
+    previous = {assignment.stream_id: assignment for assignment in last.assignments}
+    wishes: list[Wish] = []
+    for stream in problem.streams:
+        assignment = previous.get(stream.stream_id)
+        names = {profile.inference_id: index for index, profile in enumerate(stream.inference)}
+        held = stream.serving_inference or (assignment.inference[0].inference_id if assignment else "")
+        lam = names.get(held)
+        gamma, r = -1, 0
+        if assignment is not None and assignment.retrain is not None:
+            step = assignment.retrain
+            running = [i for i, p in enumerate(stream.retrain) if p.pinned_gpu is not None]
+            same = [i for i, p in enumerate(stream.retrain) if p.retrain_id == step.retrain_id]
+            gamma = next(iter(running + same), -1)
+            r = max(1, round(step.share / problem.share_quantum))
+        lam_quanta = 1
+        if lam is not None:
+            lam_quanta = max(1, round(stream.inference[lam].gpu_share_needed / problem.share_quantum))
+        wishes.append(Wish(lam_quanta=lam_quanta, lam=lam, gamma=gamma, r=r))
+    return heuristic_plan(problem, pack(problem, wishes), "last plan repaired", started_s)
+
+
+def cheapest(problem: Problem) -> Plan:
+    """Every stream served as cheaply as can be and nothing retrained. PlanError when even that is impossible."""
+    started_s = time.monotonic()
+    placed: list[Placed] = pack(problem, [Wish(lam_quanta=1) for _ in problem.streams])
+    if not placed:
+        raise PlanError("there is no stream to serve")
+    return heuristic_plan(problem, placed, "cheapest", started_s)

@@ -1,0 +1,68 @@
+"""Policies by name. Looking a policy up does not load a solver; the first plan of an exact one does."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from protocol.errors import InputError
+from protocol.plan import Plan, Problem
+
+Policy = Callable[[Problem, float], Plan]
+"""(problem, wall-clock budget in seconds) -> plan. Raises PlanError when it has none."""
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyEntry:
+    """Where a policy is found. ``exact``: it strives for the best plan, so that any better plan at hand may be
+    sent instead of its own; the others are sent as they are. ``solver``: it loads a solver and runs in a child."""
+
+    module: str
+    function: str
+    exact: bool = False
+    solver: bool = False
+
+
+POLICIES: dict[str, PolicyEntry] = {
+    "milp": PolicyEntry("optimizer.policies.milp", "milp", exact=True, solver=True),
+    "thief": PolicyEntry("optimizer.policies.thief", "thief"),
+    "thief:one-pass": PolicyEntry("optimizer.policies.thief", "thief_one_pass"),
+    "thief:fixed-config": PolicyEntry("optimizer.policies.baselines", "thief_fixed_config"),
+    "uniform": PolicyEntry("optimizer.policies.baselines", "uniform"),
+    "fair": PolicyEntry("optimizer.policies.baselines", "fair"),
+    "none": PolicyEntry("optimizer.policies.baselines", "none", solver=True),
+}
+
+
+def policy_entry(name: str) -> PolicyEntry:
+    """The entry of ``name`` (``uniform:LEVEL:PART`` counts as uniform). InputError when there is none."""
+    if name in POLICIES:
+        return POLICIES[name]
+    if _uniform_parameters(name) is not None:
+        return POLICIES["uniform"]
+    known = ", ".join([*POLICIES, "uniform:low|middle|high:PART"])
+    raise InputError(f"unknown policy {name!r}; there are {known}")
+
+
+def get_policy(name: str) -> Policy:
+    """The policy called ``name``. InputError, listing what exists, when there is none."""
+    entry = policy_entry(name)
+    module = importlib.import_module(entry.module)
+    parameters = None if name in POLICIES else _uniform_parameters(name)
+    if parameters is not None:
+        variant: Policy = module.uniform_variant(*parameters)
+        return variant
+    policy: Policy = getattr(module, entry.function)
+    return policy
+
+
+def _uniform_parameters(name: str) -> tuple[str, float] | None:
+    parts = name.split(":")
+    if len(parts) != 3 or parts[0] != "uniform" or parts[1] not in ("low", "middle", "high"):
+        return None
+    try:
+        part = float(parts[2])
+    except ValueError:
+        return None
+    return (parts[1], part) if 0.0 < part <= 1.0 else None

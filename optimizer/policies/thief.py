@@ -1,0 +1,191 @@
+"""The thief scheduler (Algorithms 1 and 2 of the paper) and its placement.
+
+Algorithm 1: from a fair split of all GPUs over all jobs (one inference and one retraining job per
+stream), every job in turn steals a quantum at a time from every other job for as long as the
+estimated mean accuracy rises. Algorithm 2: after each theft a stream picks its configurations for its
+shares: the most accurate inference configuration that the inference share sustains and the floor
+allows, and the retraining configuration with the best window-averaged accuracy, or none.
+
+A theft touches two streams at most, and what a stream makes of its two shares is independent of all
+others: ``ShareTable`` holds that value for all pairs of shares, computed once, and a theft is a
+look-up of two entries. GPUs are one pool until ``pack`` places the jobs; a retraining gets one GPU at
+most.
+
+``thief:one-pass`` is the algorithm to the letter. What one pass finds depends on the order of the
+jobs, and with many streams it stops well short; ``thief`` repeats it until no theft pays, and takes
+the better of the two plans: the estimate it steals by knows neither the placement nor what becomes of
+freed share, so a higher estimate is not always a better plan.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from optimizer.execution import capacity_quanta, needed_quanta, retrain_seconds, share_of
+from optimizer.objective import ACCURACY_TOLERANCE, attainable_floor, judge
+from optimizer.policies.packing import Placed, Wish, pack, write_plan
+from protocol.plan import Plan, Problem, SolveReport, StreamProfile
+from protocol.schema import GpuSpec
+
+BELOW_FLOOR = -1.0  # added to the value of a stream whose shares sustain nothing above its floor
+UNSERVED = -2.0
+MAX_PASSES = 20
+
+
+@dataclass(frozen=True, slots=True)
+class ShareTable:
+    """What one stream makes of its shares: ``value[i][r]`` for i quanta of inference and r of retraining.
+
+    ``gamma[r]`` is the retraining configuration picked for r quanta, -1 for none.
+    """
+
+    value: list[list[float]]
+    gamma: list[int]
+
+
+def share_table(
+    problem: Problem, stream: StreamProfile, gpu: GpuSpec, quanta: int, allowed: Sequence[int] | None = None
+) -> ShareTable:
+    """Algorithm 2 for every pair of shares at once, on a GPU like ``gpu`` with ``quanta`` to give away.
+
+    ``allowed`` restricts the retraining configurations (indices); None allows all.
+    """
+    window_s, quantum = problem.window_s, problem.share_quantum
+    best = np.full(quanta + 1, stream.accuracy_now)  # window average of a(t), per retraining share
+    gamma = np.full(quanta + 1, -1)
+    for index in range(len(stream.retrain)) if allowed is None else allowed:
+        profile = stream.retrain[index]
+        lengths = [retrain_seconds(profile, gpu, share_of(r, quantum)) for r in range(1, quanta + 1)]
+        swap = np.minimum(1.0, np.array([window_s, *lengths]) / window_s)
+        average = stream.accuracy_now * swap + profile.accuracy_after * (1.0 - swap)
+        better = average > best
+        best[better], gamma[better] = average[better], index
+    floor = min(stream.min_accuracy, attainable_floor(stream, problem.gpus, quantum)) - ACCURACY_TOLERANCE
+    factor: NDArray[np.float64] = np.zeros(quanta + 1)
+    penalty = np.full(quanta + 1, UNSERVED)
+    for serving in stream.inference:
+        level = BELOW_FLOOR if stream.accuracy_now * serving.relative_accuracy < floor else 0.0
+        from_quanta = needed_quanta(serving, gpu, quantum)
+        row = slice(from_quanta, None)
+        better = (level > penalty[row]) | ((level == penalty[row]) & (serving.relative_accuracy > factor[row]))
+        factor[row] = np.where(better, serving.relative_accuracy, factor[row])
+        penalty[row] = np.where(better, level, penalty[row])
+    value = stream.weight * (factor[:, None] * best[None, :] + penalty[:, None])
+    return ShareTable(value.tolist(), gamma.tolist())
+
+
+class Shares:
+    """Shares of the jobs of all streams (quanta): inference job of stream v at 2 v, retraining job at 2 v + 1."""
+
+    def __init__(self, problem: Problem, allowed: Sequence[Sequence[int] | None] | None = None) -> None:
+        quantum = problem.share_quantum
+        self.problem = problem
+        capacity = [capacity_quanta(gpu, quantum) for gpu in problem.gpus]
+        self.pool = sum(capacity)
+        self.most = max(capacity)
+        # One kind of GPU as far as the thief can see; the real speeds enter with the placement.
+        speed = sum(gpu.speed * quanta for gpu, quanta in zip(problem.gpus, capacity, strict=True)) / max(1, self.pool)
+        first = problem.gpus[0]
+        self.gpu = GpuSpec(gpu_id=first.gpu_id, speed=speed or 1.0, share_efficiency=first.share_efficiency)
+        limits = allowed or [None] * len(problem.streams)
+        self.tables = [
+            share_table(problem, stream, self.gpu, self.most, limit)
+            for stream, limit in zip(problem.streams, limits, strict=True)
+        ]
+        self.quanta = self.fair()
+
+    def fair(self) -> list[int]:
+        """An equal split of the pool over all jobs; what is left over goes to inference first."""
+        num_jobs = 2 * len(self.problem.streams)
+        each, left = divmod(self.pool, num_jobs)
+        order = [*range(0, num_jobs, 2), *range(1, num_jobs, 2)]
+        quanta = [each] * num_jobs
+        for job in order[:left]:
+            quanta[job] += 1
+        return quanta
+
+    def steal(self, deadline_s: float, passes: int = MAX_PASSES) -> bool:
+        """Algorithm 1, repeated until no theft pays. False when ``deadline_s`` (monotonic) came first."""
+        for _ in range(passes):
+            before = list(self.quanta)
+            if not self._steal_once(deadline_s):
+                return False
+            if self.quanta == before:
+                break
+        return True
+
+    def _steal_once(self, deadline_s: float) -> bool:
+        quanta, most = self.quanta, self.most
+        values = [table.value for table in self.tables]
+
+        def worth(v: int) -> float:
+            return values[v][min(quanta[2 * v], most)][min(quanta[2 * v + 1], most)]
+
+        for thief in range(len(quanta)):
+            if time.monotonic() > deadline_s:
+                return False
+            for victim in range(len(quanta)):
+                if thief == victim:
+                    continue
+                a, b = thief // 2, victim // 2
+                now = worth(a) + worth(b)
+                while quanta[victim] > 0 and quanta[thief] < most:
+                    quanta[victim] -= 1
+                    quanta[thief] += 1
+                    then = worth(a) + worth(b)
+                    if then <= now:
+                        quanta[victim] += 1
+                        quanta[thief] -= 1
+                        break
+                    now = then
+        return True
+
+    def wishes(self) -> list[Wish]:
+        """The configurations picked for the present shares."""
+        found = []
+        for v, table in enumerate(self.tables):
+            r = min(self.quanta[2 * v + 1], self.most)
+            found.append(Wish(lam_quanta=min(self.quanta[2 * v], self.most), gamma=table.gamma[r], r=r))
+        return found
+
+
+def heuristic_plan(problem: Problem, placed: list[Placed], policy: str, started_s: float, detail: str = "") -> Plan:
+    """The plan of a method without a bound, valued by the judge."""
+    plan = write_plan(problem, placed, SolveReport(policy=policy, status="heuristic"))
+    report = SolveReport(
+        policy=policy,
+        status="heuristic",
+        value=judge(problem, plan).value,
+        seconds=time.monotonic() - started_s,
+        detail=detail,
+    )
+    return Plan(window_s=plan.window_s, assignments=plan.assignments, report=report)
+
+
+def thief(problem: Problem, budget_s: float) -> Plan:
+    """The thief's plan. Stops stealing after ``budget_s`` seconds; PlanError when the streams cannot be served."""
+    return _thief(problem, budget_s, "thief", MAX_PASSES)
+
+
+def thief_one_pass(problem: Problem, budget_s: float) -> Plan:
+    """Algorithm 1 to the letter: every ordered pair of jobs has one turn."""
+    return _thief(problem, budget_s, "thief:one-pass", 1)
+
+
+def _thief(problem: Problem, budget_s: float, name: str, passes: int) -> Plan:
+    started_s = time.monotonic()
+    shares = Shares(problem)
+    plans: list[Plan] = []
+    for rounds in (1, passes - 1):
+        done = rounds < 1 or shares.steal(started_s + budget_s, rounds)
+        detail = "" if done else "stopped stealing at the deadline"
+        if rounds >= 1:
+            plans.append(heuristic_plan(problem, pack(problem, shares.wishes()), name, started_s, detail))
+        if not done:
+            break
+    return max(plans, key=lambda plan: judge(problem, plan).rank)
