@@ -32,7 +32,8 @@ class WorkerView(Record, frozen=True, kw_only=True):
 
     ``job``: as last told to the worker, commands on their way included. ``share_held``: the most that
     it may still be using; 0 while it has no process (``backoff``). ``share_cap``: the largest share that
-    it can be given while it runs. ``resumes_s``: when a worker in ``backoff`` may be started again.
+    it can be given while it runs. ``resumes_s``: when a worker in ``backoff`` may be
+    started again, or one that is ready be replaced.
     ``replacing``: it serves until its successor, a worker of the same job in ``starting``, is ready.
     """
 
@@ -116,7 +117,7 @@ def reconcile(
         elif type(job) is not type(worker.job):
             stops.append(Stop(job_id=worker.job.job_id, reason="became_another_kind"))
         elif worker.state == "ready":
-            changes.extend(_changes(worker.job, job))
+            changes.extend(changes_of(worker.job, job))
             if job.share < worker.job.share - SHARE_TOLERANCE:
                 stops.append(Tell(job_id=job.job_id, command=SetShare(share=job.share)))
             elif job.share > worker.job.share + SHARE_TOLERANCE:
@@ -130,7 +131,7 @@ def reconcile(
             continue
         if job.share <= worker.share_cap + SHARE_TOLERANCE:
             risings.append(Tell(job_id=job.job_id, command=SetShare(share=job.share)))
-        elif isinstance(job, InferenceJob):
+        elif isinstance(job, InferenceJob) and now >= worker.resumes_s:
             risings.append(Replace(job=job))
         else:
             continue
@@ -153,7 +154,7 @@ def _rank(job: Job) -> tuple[int, str]:
     return (0 if isinstance(job, InferenceJob) else 1, job.job_id)
 
 
-def _changes(old: Job, new: Job) -> list[Tell]:
+def changes_of(old: Job, new: Job) -> list[Tell]:
     """Changes of a serving worker besides its share. Paths may differ; the content of a checkpoint counts."""
     if not (isinstance(old, InferenceJob) and isinstance(new, InferenceJob)):
         return []

@@ -67,10 +67,15 @@ class Ready(Record, frozen=True, kw_only=True, tag="ready"):
 
 
 class Progress(Record, frozen=True, kw_only=True, tag="progress"):
-    """Sent at least every stats interval while the worker gets on; ``count`` never falls."""
+    """Sent at least every stats interval while the worker gets on; ``count`` never falls.
+
+    ``share``: the share that the worker keeps to at this moment (None = it does not say). Sent at once after a
+    SetShare, it lets the executor give a freed share to others without waiting.
+    """
 
     count: int
     share_achieved: float | None
+    share: Share | None = None
 
 
 class StreamStats(Record, frozen=True, kw_only=True, tag="stream_stats"):

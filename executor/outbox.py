@@ -45,6 +45,11 @@ class Outbox:
         """Make everything due: the peer is a new one (reconnected or restarted)."""
         self._sent_s.clear()
 
+    def clear(self) -> None:
+        """Forget everything: nobody is left who could use it."""
+        self._waiting.clear()
+        self._sent_s.clear()
+
     def next_due_s(self) -> float:
         """When the next event is due; infinity when none waits."""
         if not self._waiting:

@@ -7,6 +7,6 @@ not survive a fork) and must not make a ZeroMQ context.
 from __future__ import annotations
 
 import torch  # noqa: F401
-import torchvision  # type: ignore[import-untyped]  # noqa: F401
+import torchvision  # noqa: F401
 
 import executor.worker  # noqa: F401

@@ -9,15 +9,13 @@ repeated: their failure is an event, and what comes next is the optimizer's deci
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import msgspec
 
-from executor.agent import Kind, Replace, Start, Tell, WorkerView, kind_of
+from executor.agent import AgentCommand, Replace, Start, Stop, Tell, WorkerView
 from executor.limits import RestartPolicy
 from executor.links import (
     EpochDone,
-    JobBroken,
     JobDone,
     Progress,
     Ready,
@@ -29,6 +27,7 @@ from executor.links import (
     SwapRefused,
 )
 from executor.outbox import LastingEvent, Outbox
+from executor.roster_entry import Effect, Halt, Launch, Order, Worker
 from protocol.events import Notice, RetrainProgress, TelemetryEvent, WorkerChanged
 from protocol.messages import (
     InferenceJob,
@@ -44,34 +43,6 @@ from protocol.schema import CheckpointRef, LabelResult, TrialResult
 
 REMEMBERED = 1000
 """Ended jobs and refused checkpoints remembered, so that memory stays bounded in a long run."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Worker:
-    """One worker: its job as last told, and what is known of its process."""
-
-    worker_id: int
-    job: Job
-    state: str = "starting"
-    share_held: float = 0.0
-    share_cap: float = 1.0
-    shrink_sent_s: float | None = None
-    ready_s: float | None = None
-    resumes_s: float = 0.0
-    deaths: int = 0
-    restarts: int = 0
-    reported: bool = False
-    pid: int = 0
-    progress: int = 0
-    share_achieved: float | None = None
-    model_version: int = 0
-    broken: JobBroken | None = None
-    stop_reason: str = ""
-    successor_of: int | None = None
-
-    @property
-    def kind(self) -> Kind:
-        return kind_of(self.job)
 
 
 class Roster:
@@ -151,8 +122,47 @@ class Roster:
 
     # ------------------------------------------------------------ what we do to workers
 
-    def begin(self, command: Start | Replace, share_cap: float = 1.0) -> Worker:
-        """A new worker for the command's job; its ``job`` names a checkpoint that is not known to be bad."""
+    def carry_out(self, command: AgentCommand, now: float, live: bool = True) -> list[Effect]:
+        """Enter a command of the agent; returns what is to be done to processes.
+
+        ``live``: workers can be given any share while they run; otherwise at most the one they start with.
+        """
+        if isinstance(command, Start | Replace):
+            return [Launch(self._begin(command, 1.0 if live else command.job.share))]
+        if isinstance(command, Stop):
+            return [effect for w in self.of_job(command.job_id) for effect in self.halt(w.worker_id, command.reason)]
+        return self._tell(command, now)
+
+    def halt(self, worker_id: int, reason: str) -> list[Effect]:
+        """Stop a worker; one that waits for its restart is forgotten at once."""
+        worker = self._workers[worker_id]
+        if worker.state == "backoff":
+            del self._workers[worker_id]
+            self._change(worker, "stopped", reason)
+            return []
+        if worker.state != "stopping":
+            worker.state, worker.stop_reason = "stopping", reason
+        return [Halt(worker, reason)]
+
+    def launched(self, worker_id: int, pid: int) -> None:
+        worker = self._workers[worker_id]
+        worker.pid = pid
+        why = "hand_over" if worker.successor_of is not None else "restart" if worker.restarts else "plan"
+        self._change(worker, "started", why)
+
+    def retry_now(self, job_id: str) -> None:
+        """The job has changed: what made it fail may be gone, so its pause is over."""
+        for worker in self.of_job(job_id):
+            worker.resumes_s = 0.0
+
+    def forget_all(self) -> None:
+        """Another site: nothing of what was remembered of jobs and checkpoints applies there."""
+        self.settled.clear()
+        self._good.clear()
+        self._refused.clear()
+
+    def _begin(self, command: Start | Replace, share_cap: float) -> Worker:
+        """A new worker for the command's job, with a checkpoint that is not known to be bad."""
         job = self._with_usable_checkpoint(command.job)
         worker = Worker(worker_id=self._next_id, job=job, share_held=job.share, share_cap=share_cap)
         self._next_id += 1
@@ -163,20 +173,14 @@ class Roster:
                 worker.deaths, worker.restarts, worker.reported = old.deaths, old.restarts + 1, old.reported
                 del self._workers[old.worker_id]
         self._workers[worker.worker_id] = worker
-        self._change(
-            worker, "started", "hand_over" if worker.successor_of else "restart" if worker.restarts else "plan"
-        )
         return worker
 
-    def launched(self, worker_id: int, pid: int) -> None:
-        self._workers[worker_id].pid = pid
-
-    def told(self, command: Tell, now: float) -> None:
-        """The command is on its way to the job's worker. A growth counts at once, a shrink when it has settled."""
+    def _tell(self, command: Tell, now: float) -> list[Effect]:
+        """A growth counts in the ledger at once, a shrink when it has settled."""
+        order, effects = command.command, list[Effect]()
         for worker in self.of_job(command.job_id):
             if worker.state != "ready":
                 continue
-            order = command.command
             if isinstance(order, SetShare):
                 worker.shrink_sent_s = now if order.share < worker.share_held else None
                 worker.share_held = max(worker.share_held, order.share)
@@ -187,22 +191,13 @@ class Roster:
                 self._change(worker, "reconfigured", order.config.config_id)
             else:
                 worker.job = _replaced(worker.job, checkpoint=order.checkpoint)
-
-    def stopping(self, worker_id: int, reason: str) -> bool:
-        """The worker is being stopped; False when there is no process to stop (it waited for a restart)."""
-        worker = self._workers[worker_id]
-        if worker.state == "backoff":
-            del self._workers[worker_id]
-            self._change(worker, "stopped", reason)
-            return False
-        if worker.state != "stopping":
-            worker.state, worker.stop_reason = "stopping", reason
-        return True
+            effects.append(Order(worker, order))
+        return effects
 
     # ------------------------------------------------------------ what workers do
 
-    def reported(self, worker_id: int, report: Report, now: float) -> list[int]:
-        """Take a report in. Returns the workers to be stopped now: those that a successor has relieved."""
+    def reported(self, worker_id: int, report: Report, now: float) -> list[Effect]:
+        """Take a report in; a successor that has become ready relieves the worker before it."""
         worker = self._workers.get(worker_id)
         if worker is None:
             return []
@@ -242,13 +237,15 @@ class Roster:
         if not isinstance(worker.job, InferenceJob):
             self._settle_job(worker.job.job_id)
             self._report_failure(worker, reason)
-        elif worker.successor_of is None or worker.successor_of not in self._workers:
+        elif any(other.state != "stopping" for other in self.of_job(worker.job.job_id)):
+            self._hand_over_broken(worker, now)
+        else:
             self._pause(worker, reason, now)
 
     # ------------------------------------------------------------ inside
 
-    def _ready(self, worker: Worker, report: Ready, now: float) -> list[int]:
-        relieved = worker.successor_of
+    def _ready(self, worker: Worker, report: Ready, now: float) -> list[Effect]:
+        relieved = worker.successor_of if worker.successor_of is not None else -1
         worker.pid, worker.ready_s, worker.successor_of = report.pid, now, None
         if worker.state == "starting":
             worker.state = "ready"
@@ -256,16 +253,19 @@ class Roster:
             worker.model_version = worker.job.checkpoint.version
             self._remember_good(worker)
         self._change(worker, "ready", f"startup_s={report.startup_s:.2f}")
-        return [relieved] if relieved is not None and relieved in self._workers else []
+        return self.halt(relieved, "handed_over") if relieved in self._workers else []
 
     def _settle(self, worker: Worker, report: Report, now: float) -> None:
-        """A shrink is over when the worker says so, or has said anything a while after the order.
+        """A shrink is over when the worker names the share it holds, or reports a while after the order.
 
         Workers read orders between two steps, so that a report sent ``settle_s`` after an order follows it.
         """
-        if worker.shrink_sent_s is None:
+        if worker.shrink_sent_s is None or not isinstance(report, Progress | StreamStats):
             return
-        if now - worker.shrink_sent_s >= self._settle_s and isinstance(report, Progress | StreamStats):
+        named = getattr(report, "share", None)
+        if named is None and now - worker.shrink_sent_s < self._settle_s:
+            return
+        if named is None or named <= worker.share_asked + 1e-9:
             worker.share_held, worker.shrink_sent_s = worker.job.share, None
 
     def _epoch(self, worker: Worker, report: EpochDone) -> None:
@@ -297,6 +297,16 @@ class Roster:
         self._settle_job(job_id)
         worker.state, worker.stop_reason = "stopping", "done"
 
+    def _hand_over_broken(self, worker: Worker, now: float) -> None:
+        """One of two has died: the other goes on alone, and the next attempt waits."""
+        for other in self.of_job(worker.job.job_id):
+            other.successor_of = None
+            other.deaths += 1
+            other.resumes_s = now + self._backoff_s(other.deaths)
+
+    def _backoff_s(self, deaths: int) -> float:
+        return min(self._policy.backoff_max_s, self._policy.backoff_s * 2.0 ** min(30, deaths - 1))
+
     def _pause(self, worker: Worker, reason: str, now: float) -> None:
         """Put a dead inference worker on hold until its next start; say so once when it dies too often."""
         policy = self._policy
@@ -314,7 +324,7 @@ class Roster:
                 worker.reported = True
                 self._report_failure(worker, f"{reason}; tried again every {policy.slow_s:g} s")
         else:
-            pause = min(policy.backoff_max_s, policy.backoff_s * 2.0 ** (worker.deaths - 1))
+            pause = self._backoff_s(worker.deaths)
         worker.state, worker.resumes_s, worker.share_held, worker.pid = "backoff", now + pause, 0.0, 0
         worker.ready_s, worker.broken, worker.shrink_sent_s, worker.successor_of = None, None, None, None
         self._workers[worker.worker_id] = worker

@@ -15,12 +15,13 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from executor.agent import Fence, Replace, Start, Stop, reconcile
+from executor.agent import Fence, changes_of, reconcile
 from executor.config import ExecutorConfig
 from executor.links import Progress, Ready, Report, SetShare, StartJob, StreamStats
 from executor.outbox import Outbox
 from executor.processes import ForkServer
-from executor.roster import Roster, Worker
+from executor.roster import Roster
+from executor.roster_entry import Effect, Halt, Launch, Worker
 from executor.shares.backend import ShareBackend
 from executor.shares.devices import Device, gpu_spec
 from executor.signals import SignalWakeup
@@ -41,7 +42,8 @@ from protocol.messages import (
     Leave,
     PlanRefused,
     Rejected,
-    Up,
+    SnapshotRequest,
+    ToServer,
     Welcome,
 )
 from protocol.telemetry import EventSink, NullPublisher, Publisher
@@ -91,7 +93,9 @@ class Service:
         self._alone = False
         self._heard_s = clock()
         self._hello_due_s = 0.0
+        self._hello_sent_s = -HELLO_INTERVAL_S
         self._heartbeat_due_s = 0.0
+        self._question_due_s = 0.0
         self._loop_count = 0
         self._site_offset_s: float | None = None
         self._leaving = ""
@@ -176,8 +180,12 @@ class Service:
     def _leave(self, reason: str, quick: bool = False) -> None:
         self._leaving = self._leaving or reason
         log.info("%s", line("executor_leaving", reason=reason, quick=quick))
+        self._halt_all(reason, quick)
+
+    def _halt_all(self, reason: str, quick: bool = False) -> None:
         for worker in self._roster:
-            self._stop(worker, reason, quick)
+            for effect in self._roster.halt(worker.worker_id, reason):
+                self._carry_out(effect, self._clock(), quick)
 
     def _take_connection_events(self) -> None:
         while self._monitor.poll(0):
@@ -208,6 +216,8 @@ class Service:
 
     def _join(self, welcome: Welcome, now: float) -> None:
         old, self._welcome = self._welcome, welcome
+        if old is not None and old.store != welcome.store:
+            self._move(old.store, welcome.store)
         self._hello_due_s = float("inf")
         if old is None or old.term != welcome.term:
             log.info("%s", line("joined", site=welcome.site, term=welcome.term, held=str(self._fence.held)))
@@ -222,17 +232,25 @@ class Service:
             self._publisher = Publisher(cast(Any, self._publisher_socket), self.executor_id, site_clock=self.site_s)
             self._publisher_address = address
 
+    def _move(self, old: str, new: str) -> None:
+        """Another store is another site: nothing that runs here or is remembered belongs to it."""
+        log.warning("%s", line("site_changed", old=old, new=new))
+        self._halt_all("site_changed")
+        self._fence.desired = ()
+        self._roster.forget_all()
+        self._outbox.clear()
+
     def _rejected(self, message: Rejected) -> None:
         if message.retry:
             log.warning("%s", line("rejected", reason=message.reason, retry=True))
-            self._hello_due_s = self._clock() + HELLO_INTERVAL_S
+            self._hello_due_s = min(self._hello_due_s, self._hello_sent_s + HELLO_INTERVAL_S)
         else:
             self._complaint = f"the optimizer at {self.config.connect} rejects this executor: {message.reason}"
 
     def _apply(self, plan: ApplyPlan, received_s: float, now: float) -> None:
         if self._leaving:
             return
-        before = self._fence.held
+        before, old_jobs = self._fence.held, {job.job_id: job for job in self._fence.desired}
         answer = self._fence.judge(plan, received_s, now, self._roster.settled.keys())
         self._send(answer)
         refused = isinstance(answer, PlanRefused)
@@ -242,6 +260,10 @@ class Service:
                 "%s", line(name, version=_short(plan), jobs=len(plan.jobs), reason=getattr(answer, "reason", None))
             )
         if not refused and before != self._fence.held:
+            for job in plan.jobs:
+                old = old_jobs.get(job.job_id)
+                if old is not None and changes_of(old, job):
+                    self._roster.retry_now(job.job_id)
             positions = [job.position_s for job in plan.jobs if isinstance(job, InferenceJob)]
             if positions:
                 offset = max(positions) - received_s
@@ -273,10 +295,8 @@ class Service:
             report = msgspec.structs.replace(
                 report, share_achieved=self.backend.observe(report.share_achieved, worker.share_cap)
             )
-        for relieved in self._roster.reported(worker_id, report, now):
-            old = self._roster.get(relieved)
-            if old is not None:
-                self._stop(old, "handed_over")
+        for effect in self._roster.reported(worker_id, report, now):
+            self._carry_out(effect, now)
         self._publish_numbers(worker, report)
 
     def _look_after_backend(self) -> None:
@@ -285,15 +305,17 @@ class Service:
             log.error("%s", line("share_backend_failed", reason=trouble))
             self._tell(Notice(level="error", text=f"{self.executor_id}: {trouble}"))
             for worker in self._roster:
-                self._supervisor.stop(worker.worker_id, f"hung: {trouble}", quick=True)
+                self._supervisor.stop(worker.worker_id, trouble, quick=True)
 
     def _notice_silence(self, now: float) -> None:
         """Fail static: the optimizer's answers decide, not the connection, since a hung one keeps connections up."""
         if self._welcome is None:
             return
         silence_s = now - self._heard_s
-        if silence_s > self._welcome.silence_s / 2.0 and self._hello_due_s == float("inf"):
-            self._hello_due_s = now  # a Hello is answered whenever it comes: it serves as the question "still there?"
+        if silence_s > self._welcome.silence_s / 2.0 and now >= self._question_due_s:
+            # The optimizer says nothing while nothing changes. This question it answers without any effect.
+            self._send(SnapshotRequest())
+            self._question_due_s = now + self._welcome.silence_s / 4.0
         alone = silence_s > self._welcome.silence_s
         if alone != self._alone:
             self._alone = alone
@@ -314,27 +336,28 @@ class Service:
             alone=self._alone,
         )
         for command in commands:
-            if isinstance(command, Start | Replace):
-                self._begin(command, now)
-            elif isinstance(command, Stop):
-                for worker in self._roster.of_job(command.job_id):
-                    self._stop(worker, command.reason)
-            else:
-                self._roster.told(command, now)
-                for worker in self._roster.of_job(command.job_id):
-                    order = command.command
-                    if isinstance(order, SetShare):
-                        order = SetShare(share=self.backend.paced_share(order.share, worker.share_cap))
-                    self._supervisor.send(worker.worker_id, order)
+            for effect in self._roster.carry_out(command, now, self.backend.can_resize_live):
+                self._carry_out(effect, now)
 
-    def _begin(self, command: Start | Replace, now: float) -> None:
-        cap = 1.0 if self.backend.can_resize_live else command.job.share
-        worker = self._roster.begin(command, cap)
-        share = worker.job.share
+    def _carry_out(self, effect: Effect, now: float, quick: bool = False) -> None:
+        worker = effect.worker
+        if isinstance(effect, Launch):
+            self._launch(worker, now)
+        elif isinstance(effect, Halt):
+            self._supervisor.stop(worker.worker_id, effect.reason, quick)
+        else:
+            order = effect.command
+            if isinstance(order, SetShare):
+                worker.share_asked = self.backend.paced_share(order.share, worker.share_cap)
+                order = SetShare(share=worker.share_asked)
+            self._supervisor.send(worker.worker_id, order)
+
+    def _launch(self, worker: Worker, now: float) -> None:
+        worker.share_asked = self.backend.paced_share(worker.job.share, worker.share_cap)
         try:
-            environment = self.backend.worker_environment(worker.job, share)
+            environment = self.backend.worker_environment(worker.job, worker.job.share)
             start = StartJob(
-                job=self._as_started(worker.job, now, self.backend.paced_share(share, cap)),
+                job=self._as_started(worker.job, now, worker.share_asked),
                 store=self._welcome.store if self._welcome else "",
                 device=self.backend.worker_device,
                 pace=self.backend.pace,
@@ -351,13 +374,9 @@ class Service:
             )
         return msgspec.structs.replace(job, share=paced_share)
 
-    def _stop(self, worker: Worker, reason: str, quick: bool = False) -> None:
-        if self._roster.stopping(worker.worker_id, reason):
-            self._supervisor.stop(worker.worker_id, reason, quick)
-
     # ------------------------------------------------------------ outgoing
 
-    def _send(self, message: Up) -> bool:
+    def _send(self, message: ToServer) -> bool:
         return self._client.send(message)
 
     def _send_due(self, now: float) -> None:
@@ -367,7 +386,8 @@ class Service:
                 self._supervisor.warm_up()
                 self._warm = True
             self._send(self._hello())
-            self._hello_due_s = self._clock() + HELLO_INTERVAL_S
+            self._hello_sent_s = self._clock()
+            self._hello_due_s = self._hello_sent_s + HELLO_INTERVAL_S
         if self._welcome is None:
             return
         if now >= self._heartbeat_due_s:

@@ -102,7 +102,7 @@ def _work(connection: Connection, job: InferenceJob | LabelJob | TrialJob | Retr
         turns += 1
         if mode == "crash_later" and turns == 3:
             os.kill(os.getpid(), signal.SIGKILL)
-        say(connection, Progress(count=turns, share_achieved=share))
+        say(connection, Progress(count=turns, share_achieved=share, share=share))
         if isinstance(job, InferenceJob):
             say(connection, _stats(version, config_id))
         elif turns == NUM_TURNS and mode == "good":
