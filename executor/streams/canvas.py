@@ -15,10 +15,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from executor.streams.paints import Colour, Paint
 from executor.streams.resize import resize_planes
 
 Vec = tuple[float, float, float]
-Colour = tuple[float, float, float]
 
 PITCH = math.radians(13.0)
 """The camera looks down; one angle for all sprites."""
@@ -31,13 +31,6 @@ _TINT, _COVER, _SHADOW, _GLOW, _NUM_LAYERS = 3, 5, 6, 7, 10
 
 _SUN = np.array([0.45, 0.80, -0.40])
 _SUN /= np.linalg.norm(_SUN)
-
-
-class Paint(NamedTuple):
-    """A material: ``tint`` 0 = fixed ``colour``; 1 or 2 = the track's colour, darkened by ``colour[0]``."""
-
-    colour: Colour
-    tint: int = 0
 
 
 class Sprite(NamedTuple):

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor.streams import figures
+from executor.streams.camera import Camera, lamp_pool, light_of
 from executor.streams.drift import DriftSchedule, SceneState
 from executor.streams.render import Item, Renderer
-from executor.streams.scene import Camera, lamp_pool, light_of
 from executor.streams.traffic import Track, Traffic
 from protocol.errors import InputError
 from protocol.schema import CitySource

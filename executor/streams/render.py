@@ -14,13 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor.streams import canvas, figures
-from executor.streams.canvas import Colour, Sprite
+from executor.streams.camera import Camera, Light, light_of
+from executor.streams.canvas import Sprite
 from executor.streams.drift import SceneState
 from executor.streams.hashing import mix
+from executor.streams.paints import Colour
 from executor.streams.resize import resize_planes
-from executor.streams.scene import Background, Camera, Light, light_of
+from executor.streams.scene import Background
 
 _TILE_SLACK = 192
+_OVERSAMPLED_PX = 40
 _CACHE_BYTES = 24_000_000
 
 
@@ -84,12 +87,13 @@ class Renderer:
     ) -> NDArray[np.uint8]:
         """The pixels of ``region`` (x0, y0, x1, y1 inside the frame) with ``items`` far to near.
 
-        ``px`` None: native size, (y1 - y0, x1 - x0, 3). Otherwise (px, px, 3): larger regions are drawn at the target
-        size, smaller ones at native size and then enlarged, as a crop of a camera's frame would be.
+        ``px`` None: native size, (y1 - y0, x1 - x0, 3). Otherwise (px, px, 3): larger regions are drawn near the
+        target size, smaller ones at native size and then enlarged, as a crop of a camera's frame would be.
         """
         x0, y0, x1, y1 = region
-        width = x1 - x0 if px is None else min(px, x1 - x0)
-        height = y1 - y0 if px is None else min(px, y1 - y0)
+        # Small crops are drawn twice as large and averaged: drawn directly they would alias.
+        most = max(x1 - x0, y1 - y0) if px is None else (2 * px if px <= _OVERSAMPLED_PX else px)
+        width, height = min(most, x1 - x0), min(most, y1 - y0)
         columns = x0 + (np.arange(width) + 0.5) * ((x1 - x0) / width)
         rows = y0 + (np.arange(height) + 0.5) * ((y1 - y0) / height)
         light = light_of(state)
@@ -97,7 +101,7 @@ class Renderer:
         for item in items:
             self._paste(picture, item, light, rows, columns)
         self._sensor(picture, light, index, rows, columns, (x1 - x0) / width, (y1 - y0) / height)
-        if px is not None and (width < px or height < px):
+        if px is not None:
             picture = resize_planes(picture, px, px)
         np.clip(picture, 0, 255, out=picture)
         return np.ascontiguousarray(picture.transpose(1, 2, 0).astype(np.uint8))

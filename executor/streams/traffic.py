@@ -10,11 +10,11 @@ import math
 import random
 from dataclasses import dataclass
 
-from executor.streams.canvas import Colour
+from executor.streams.camera import Camera
 from executor.streams.drift import LEVELS, DriftSchedule, SceneState
 from executor.streams.figures import SHAPES
 from executor.streams.hashing import generator
-from executor.streams.scene import Camera
+from executor.streams.paints import Colour
 
 MIX: dict[str, dict[str, float]] = {
     "commute": {"person": 0.26, "cyclist": 0.16, "car": 0.30, "van": 0.10, "bus": 0.08, "motorcycle": 0.10},
