@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 from rich.table import Table
 
-from optimizer.report_compare import build_comparison, comparison_table, write_comparison
+from optimizer.report_comparison import build_comparison, comparison_table, write_comparison
 from optimizer.report_contention import build_contention
 from optimizer.report_data import (
     ConditionRow,

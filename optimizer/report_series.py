@@ -54,15 +54,18 @@ def accuracy_series(events: Sequence[TelemetryEvent]) -> dict[str, tuple[Accurac
 
 def _smooth(rows: Sequence[StreamAccuracy]) -> tuple[AccuracyPoint, ...]:
     points: list[AccuracyPoint] = []
-    first = 0
     span = max(SMOOTH_S, (rows[-1].site_s - rows[0].site_s) / 60.0)
+    weights = [max(row.num_scored, 1) for row in rows]
+    first, total, weight = 0, 0.0, 0
     for last, row in enumerate(rows):
+        total += weights[last] * (row.accuracy or 0.0)
+        weight += weights[last]
         while rows[first].site_s < row.site_s - span:
+            total -= weights[first] * (rows[first].accuracy or 0.0)
+            weight -= weights[first]
             first += 1
-        recent = rows[first : last + 1]
-        weights = [max(e.num_scored, 1) for e in recent]
-        mean = sum(w * (e.accuracy or 0.0) for w, e in zip(weights, recent, strict=True)) / sum(weights)
-        points.append(AccuracyPoint(site_s=row.site_s, accuracy=row.accuracy or 0.0, smooth=mean))
+        smooth = min(max(total / weight, 0.0), 1.0)
+        points.append(AccuracyPoint(site_s=row.site_s, accuracy=row.accuracy or 0.0, smooth=smooth))
     step = -(-len(points) // MAX_POINTS)
     return tuple(points[::step])
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from profiler.costs import group_key
+from profiler.costs import diverged, group_key
 from profiler.records import ConfigEstimate, Outcome, StreamHistory, WindowHistory
 from protocol.schema import Record, RetrainConfig
 
@@ -116,7 +116,7 @@ def reached_accuracy(outcome: Outcome) -> float | None:
     A retraining cut short tells nothing; one that diverged was worth what served before it.
     """
     result = outcome.result
-    if any(not math.isfinite(epoch.loss) for epoch in result.epochs):
+    if any(diverged(epoch.loss) for epoch in result.epochs):
         return result.accuracy_before
     if result.checkpoint is None or not _all_epochs_done(outcome):
         return None

@@ -20,8 +20,14 @@ from protocol.schema import Record, RetrainConfig, RetrainTrial
 GroupKey = tuple[int, float, int, float]
 
 MIN_GPU_SECONDS = 1e-3
+DIVERGED_LOSS = 1e9
 # A forward pass costs one unit; the backward pass of the trained part about two more.
 BACKWARD_UNITS = 2.0
+
+
+def diverged(loss: float) -> bool:
+    """True for the loss of an epoch whose training blew up; 1e9 is what trainers report for one that is no number."""
+    return not loss < DIVERGED_LOSS
 
 
 def group_key(config: RetrainConfig) -> GroupKey:

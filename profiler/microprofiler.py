@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 
 from profiler.corrections import accuracy_correction, cost_ratio, live_correction
-from profiler.costs import CostModel, GroupKey, cost_model, group_key, key_distance, neighbour_cost
+from profiler.costs import CostModel, GroupKey, cost_model, diverged, group_key, key_distance, neighbour_cost
 from profiler.curves import LearningCurve, effective_effort, fit_curve
 from profiler.quality import measure_inference
 from profiler.records import ConfigEstimate, Estimate, EstimateSource, StreamHistory
@@ -38,6 +38,7 @@ ERROR_PER_DISTANCE = 0.03
 # Weight of a curve's own standard error against the spread of past errors, in observations.
 CURVE_ERROR_STRENGTH = 2.0
 MAX_ERROR = 0.5
+FRESH_START_DROP = 0.08
 MIN_SHARE = 1e-4
 
 
@@ -222,15 +223,17 @@ def _by_group(trials: Sequence[RetrainTrial]) -> dict[GroupKey, list[RetrainTria
 
 
 def _fit(trials: Sequence[RetrainTrial], num_validation: int) -> LearningCurve | None:
-    efforts, accuracies = [], []
+    points = []
     for trial in trials:
-        for epoch in trial.epochs:
-            # A diverged epoch's accuracy is chance; the curve keeps what was reached before it.
-            if math.isfinite(epoch.loss) or epoch.epoch == 0:
-                efforts.append(effective_effort(epoch.epoch, trial.num_samples))
-                accuracies.append(epoch.accuracy)
-    if not efforts:
+        # A diverged epoch's accuracy is chance; the curve keeps what was reached before it.
+        epochs = [epoch for epoch in trial.epochs if epoch.epoch == 0 or not diverged(epoch.loss)]
+        if len(epochs) > 2 and epochs[0].epoch == 0 and epochs[1].accuracy < epochs[0].accuracy - FRESH_START_DROP:
+            # Training began below the serving model (a new head): epoch 0 is no point of its curve.
+            epochs = epochs[1:]
+        points += [(effective_effort(epoch.epoch, trial.num_samples), epoch.accuracy) for epoch in epochs]
+    if not points:
         return None
+    efforts, accuracies = zip(*points, strict=True)
     return fit_curve(efforts, accuracies, num_validation=num_validation)
 
 

@@ -31,7 +31,7 @@ class TrialKnobs(Record, frozen=True, kw_only=True):
     min_samples: int = 48
     max_epochs: int = 4
     min_epochs: int = 2
-    max_frames: int = 100
+    max_frames: int = 60
     min_frames: int = 30
     prune_margin: float = 0.04
     revive_after: int = 4
@@ -45,12 +45,14 @@ def choose_trials(
     history: StreamHistory,
     *,
     budget_gpu_s: float,
+    label_s_per_frame: float = 0.0,
     knobs: TrialKnobs | None = None,
 ) -> TrialChoice:
     """Choose this window's trials within ``budget_gpu_s`` busy seconds at share 1 (may be ``inf``).
 
     Without any trial in ``history`` everything is tried whatever the budget, as nothing is known about costs. Of
-    each group that shares a trial the configuration with the most epochs stands for all. Retraining trials come
+    each group that shares a trial the configuration with the most data and epochs stands for all.
+    ``label_s_per_frame``: golden-model seconds for a frame that inference is measured on. Retraining trials come
     before inference measurements; within them, groups longest without a trial first, then those nearest to the
     front. Epochs are cut before groups are. An empty data set gives no retraining trials. Raises ValueError for
     a negative or NaN budget.
@@ -79,7 +81,7 @@ def choose_trials(
         chosen, spent = _fill(order, costs, num_samples, num_epochs, budget_gpu_s)
         if len(chosen) == len(order):
             break
-    frames, measured_s = _frames_for(inference, history, budget_gpu_s - spent, knobs)
+    frames, measured_s = _frames_for(inference, history, budget_gpu_s - spent, label_s_per_frame, knobs)
     return TrialChoice(
         retrain=tuple(groups[key] for key in chosen),
         inference=tuple(inference) if frames else (),
@@ -96,7 +98,7 @@ def _representatives(retrain: Sequence[RetrainConfig]) -> dict[GroupKey, Retrain
     groups: dict[GroupKey, RetrainConfig] = {}
     for config in retrain:
         key = group_key(config)
-        if key not in groups or (config.epochs, config.data_fraction) > (groups[key].epochs, groups[key].data_fraction):
+        if key not in groups or (config.data_fraction, config.epochs) > (groups[key].data_fraction, groups[key].epochs):
             groups[key] = config
     return groups
 
@@ -126,7 +128,7 @@ def _fill(
 
 
 def _frames_for(
-    inference: Sequence[InferenceConfig], history: StreamHistory, budget: float, knobs: TrialKnobs
+    inference: Sequence[InferenceConfig], history: StreamHistory, budget: float, label_s: float, knobs: TrialKnobs
 ) -> tuple[int, float]:
     """Frames to measure every inference configuration on and the seconds that takes; (0, 0) = keep the last."""
     busy: dict[InferenceConfig, float] = {}
@@ -135,7 +137,7 @@ def _frames_for(
             busy[row.config] = row.busy_s_per_frame
     if not inference or not busy:
         return 0, 0.0
-    per_frame = sum(busy.get(config, max(busy.values())) for config in inference)
+    per_frame = label_s + sum(busy.get(config, max(busy.values())) for config in inference)
     unknown = any(config not in busy for config in inference)
     affordable = budget / per_frame if per_frame > 0.0 else math.inf
     frames = math.floor(min(float(knobs.max_frames), affordable))

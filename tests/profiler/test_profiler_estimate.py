@@ -211,6 +211,21 @@ def test_a_diverged_trial_does_not_drag_the_curve_and_a_diverged_retraining_is_p
     assert worse.retrain[11].accuracy_after < good.retrain[11].accuracy_after - 0.05
 
 
+def test_a_new_head_that_starts_low_is_judged_by_its_own_rise() -> None:
+    world = World(13)
+    trial = world.trial(0, (FULL,))
+    rise = (0.6, 0.35, 0.5, 0.58, 0.64)
+    epochs = tuple(
+        msgspec.structs.replace(epoch, accuracy=level)
+        for epoch, level in zip(trial.retrain[0].epochs, rise, strict=True)
+    )
+    fresh = msgspec.structs.replace(trial, retrain=(msgspec.structs.replace(trial.retrain[0], epochs=epochs),))
+    profile = estimate(SPEC, fresh, world.dataset(0), RETRAIN, INFERENCE, NOTHING)
+    after = {c: r.accuracy_after for c, r in zip(RETRAIN, profile.retrain, strict=True)}
+    assert after[RETRAIN[11]] > 0.7
+    assert after[RETRAIN[6]] < after[RETRAIN[11]] - 0.1
+
+
 @pytest.mark.parametrize("case", ["no trial, no history", "no samples", "failed trials", "one class, all right"])
 def test_hardly_any_information_still_gives_a_usable_profile(case: str) -> None:
     world = World(10)

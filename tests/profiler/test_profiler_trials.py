@@ -135,6 +135,15 @@ def test_a_new_inference_configuration_is_measured_whatever_the_budget() -> None
     assert choice.num_frames == TrialKnobs().min_frames
 
 
+def test_the_golden_models_time_counts_for_inference_measurements() -> None:
+    world = World(5)
+    history = with_window(NOTHING, world, (RETRAIN[4], RETRAIN[10]))
+    dataset = world.dataset(1)
+    free = choose_trials((), INFERENCE, dataset, history, budget_gpu_s=2.5)
+    dear = choose_trials((), INFERENCE, dataset, history, budget_gpu_s=2.5, label_s_per_frame=0.02)
+    assert 0 < dear.num_frames < free.num_frames
+
+
 @pytest.mark.parametrize("budget", [-1.0, math.nan])
 def test_an_impossible_budget_is_refused(budget: float) -> None:
     with pytest.raises(ValueError, match="budget_gpu_s"):
