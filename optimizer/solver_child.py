@@ -1,0 +1,106 @@
+"""The process that exact policies run in: warm, silent, and free to hang or crash without harm.
+
+Its standard input is a socket to its parent (`optimizer.solver_process`). It loads its policy, solves
+a tiny problem to have everything in memory, says so with a reply of serial 0, and then answers
+questions one after the other until the parent is gone.
+
+Frames: 4 bytes length (big endian), then one MessagePack record: ``Question`` down, ``Answer`` up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import struct
+import sys
+import time
+
+from optimizer.policies.registry import Policy, get_policy
+from optimizer.problems import random_problem
+from protocol.codec import decode, encode
+from protocol.errors import EkyaError
+from protocol.plan import Plan, Problem
+from protocol.schema import Record
+
+MAX_FRAME_BYTES = 64 << 20
+_PR_SET_PDEATHSIG = 1
+
+
+class Question(Record, frozen=True, kw_only=True):
+    """Solve ``problem`` with the child's policy before ``deadline_s`` of the system-wide monotonic clock."""
+
+    serial: int
+    deadline_s: float
+    problem: Problem
+
+
+class Answer(Record, frozen=True, kw_only=True):
+    """The plan for question ``serial``; None with a ``reason`` when there is none. Serial 0: ready for questions."""
+
+    serial: int
+    plan: Plan | None = None
+    reason: str = ""
+
+
+def frame(record: Record) -> bytes:
+    """``record`` with its length in front."""
+    data = encode(record, max_bytes=MAX_FRAME_BYTES)
+    return struct.pack(">I", len(data)) + data
+
+
+def take_frame(buffer: bytearray) -> bytes | None:
+    """Remove and return the first whole frame of ``buffer``; None while it is incomplete. ValueError when too long."""
+    if len(buffer) < 4:
+        return None
+    (length,) = struct.unpack_from(">I", buffer)
+    if length > MAX_FRAME_BYTES:
+        raise ValueError(f"a frame of {length} bytes")
+    if len(buffer) < 4 + length:
+        return None
+    data = bytes(buffer[4 : 4 + length])
+    del buffer[: 4 + length]
+    return data
+
+
+def answer(policy: Policy, question: Question) -> Answer:
+    """Ask the policy. Whatever it raises becomes a reason: one bad problem must not cost the warm process."""
+    try:
+        plan = policy(question.problem, max(0.0, question.deadline_s - time.monotonic()))
+    except EkyaError as error:
+        return Answer(serial=question.serial, reason=str(error))
+    except Exception as error:
+        return Answer(serial=question.serial, reason=f"{type(error).__name__}: {error}"[:500])
+    return Answer(serial=question.serial, plan=plan)
+
+
+def main(policy_name: str, parent_pid: int) -> int:
+    """Serve questions until the parent closes the socket or dies."""
+    # The parent decides when this process ends; an interrupt at the terminal reaches both of them.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent_pid:  # it died before the line above took hold
+        return 0
+    link = socket.socket(fileno=os.dup(0))
+    policy = get_policy(policy_name)
+    with contextlib.suppress(EkyaError):
+        policy(random_problem(2, 1, 3, seed=0), 1.0)
+    buffer = bytearray()
+    try:
+        link.sendall(frame(Answer(serial=0)))
+        while chunk := link.recv(1 << 20):
+            buffer += chunk
+            while (data := take_frame(buffer)) is not None:
+                link.sendall(frame(answer(policy, decode(data, Question, max_bytes=MAX_FRAME_BYTES))))
+    except OSError:
+        pass
+    finally:
+        link.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1], int(sys.argv[2])))
