@@ -36,7 +36,7 @@ def run(
         "log_level": log_level,
     }
     # Imported late: --help and a mistyped flag are answered without ZeroMQ and the rest.
-    from executor.start import start  # noqa: PLC0415
+    from executor.start import start
 
     raise typer.Exit(start(flags, config))
 
@@ -44,3 +44,7 @@ def run(
 def main() -> None:
     """The console script ``ekya-executor``."""
     app()
+
+
+if __name__ == "__main__":
+    main()
