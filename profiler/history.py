@@ -15,6 +15,8 @@ from typing import TypeVar
 
 import msgspec
 
+from profiler.corrections import reached_accuracy
+from profiler.priors import Observation
 from profiler.records import Estimate, Outcome, StreamHistory, WindowHistory
 from protocol.schema import TrialResult
 
@@ -138,6 +140,37 @@ class History:
             log.warning("history=unreadable path=%s stream=%s reason=%r", self.path, stream_id, error)
             return StreamHistory(stream_id=stream_id)
         return StreamHistory(stream_id=stream_id, windows=tuple(windows))
+
+    def observations(self, *, max_windows: int = MAX_WINDOWS) -> tuple[Observation, ...]:
+        """Retrainings of all streams in the newest windows, whose results say something about their configurations.
+
+        Windows are numbered anew, 0 the oldest, so that they are in order over several runs.
+        """
+        found: list[tuple[tuple[str, int], Outcome]] = []
+        try:
+            rows = self._connection().execute(
+                "SELECT run, window, payload FROM outcomes JOIN windows ON id = window_id ORDER BY id"
+            )
+            for run, window, payload in rows:
+                outcome = _decode(payload, Outcome)
+                if outcome is not None:
+                    found.append(((run, window), outcome))
+        except sqlite3.DatabaseError as error:
+            log.warning("history=unreadable path=%s reason=%r", self.path, error)
+            return ()
+        newest = list(dict.fromkeys(key for key, _ in found))[-max_windows:]
+        order = {key: place for place, key in enumerate(newest)}
+        return tuple(
+            Observation(
+                stream_id=outcome.result.stream_id,
+                window=order[key],
+                config=outcome.result.config,
+                accuracy_before=outcome.result.accuracy_before,
+                accuracy_after=reached,
+            )
+            for key, outcome in found
+            if key in order and (reached := reached_accuracy(outcome)) is not None
+        )
 
     def streams(self) -> tuple[str, ...]:
         """Ids of all streams remembered, sorted."""

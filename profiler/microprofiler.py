@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from profiler.corrections import accuracy_correction, cost_ratio, live_correction
 from profiler.costs import CostModel, GroupKey, cost_model, diverged, group_key, key_distance, neighbour_cost
 from profiler.curves import LearningCurve, effective_effort, fit_curve
+from profiler.priors import ERROR_PER_HALF_WIDTH, AccuracyPrior
 from profiler.quality import measure_inference
 from profiler.records import ConfigEstimate, Estimate, EstimateSource, StreamHistory
 from protocol.plan import InferenceProfile, RetrainProfile, StreamProfile
@@ -66,10 +67,11 @@ def estimate(
     inference: tuple[InferenceConfig, ...],
     history: StreamHistory,
     *,
+    prior: AccuracyPrior | None = None,
     knobs: EstimatorKnobs | None = None,
 ) -> StreamProfile:
     """The profile of :func:`estimate_in_detail` alone."""
-    return estimate_in_detail(spec, trial, dataset, retrain, inference, history, knobs=knobs).profile
+    return estimate_in_detail(spec, trial, dataset, retrain, inference, history, prior=prior, knobs=knobs).profile
 
 
 def estimate_in_detail(
@@ -80,11 +82,13 @@ def estimate_in_detail(
     inference: tuple[InferenceConfig, ...],
     history: StreamHistory,
     *,
+    prior: AccuracyPrior | None = None,
     knobs: EstimatorKnobs | None = None,
 ) -> Estimate:
     """Estimate what every configuration costs and is worth on ``dataset``.
 
-    ``trial`` None or without some configurations: those are predicted from history or neighbours. A retraining
+    ``trial`` None or without some configurations: those are predicted from history or neighbours.
+    ``prior``: what past retrainings of all streams of the site say, weighed in by its precision. A retraining
     configuration whose cost nothing says anything about is left out ("no retraining" is always a choice
     besides), and so are all of them when ``dataset`` holds no training samples. Raises ValueError without any
     inference configuration.
@@ -95,7 +99,7 @@ def estimate_in_detail(
     known = history if knobs.use_history else StreamHistory(stream_id=spec.stream_id)
     validated = trial.accuracy_now if trial is not None else _last_accuracy(known)
     live = live_correction(known) if knobs.correct_live else 0.0
-    rows = () if dataset.num_train <= 0 else _estimate_retrain(trial, dataset, retrain, validated, known)
+    rows = () if dataset.num_train <= 0 else _estimate_retrain(trial, dataset, retrain, validated, known, prior)
     measured = measure_inference(inference, trial, known, assumed_busy_s=knobs.assumed_share / spec.fps)
     retrain_memory, inference_memory = _memory(trial, known)
     profile = StreamProfile(
@@ -150,6 +154,7 @@ def _estimate_retrain(
     retrain: Sequence[RetrainConfig],
     accuracy_now: float,
     history: StreamHistory,
+    prior: AccuracyPrior | None,
 ) -> tuple[ConfigEstimate, ...]:
     curves: dict[GroupKey, _Curve] = {}
     costs: dict[GroupKey, CostModel] = {}
@@ -183,6 +188,9 @@ def _estimate_retrain(
         error = math.hypot(error, found.extra_error)
         base = cost.gpu_seconds(config, dataset.num_train)
         after, after_error = _blend(accuracy, error, config, history)
+        if prior is not None:
+            expected, half_width = prior.predict(history.stream_id, accuracy_now, config)
+            after, after_error = _weigh((after, after_error), (expected, half_width * ERROR_PER_HALF_WIDTH))
         rows.append(
             ConfigEstimate(
                 config=config,
@@ -208,11 +216,16 @@ def _blend(accuracy: float, error: float, config: RetrainConfig, history: Stream
             CURVE_ERROR_STRENGTH + learned.weight
         )
     if learned.level is not None:
-        level, level_error = learned.level
-        mine, theirs = 1.0 / max(variance, 1e-9), 1.0 / level_error**2
-        corrected = (mine * corrected + theirs * level) / (mine + theirs)
-        variance = 1.0 / (mine + theirs)
-    return _clip(corrected), min(math.sqrt(variance), MAX_ERROR)
+        corrected, error = _weigh((corrected, math.sqrt(variance)), learned.level)
+    else:
+        error = math.sqrt(variance)
+    return _clip(corrected), min(error, MAX_ERROR)
+
+
+def _weigh(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
+    """Mean of two (value, standard error) by their precisions, and its standard error."""
+    mine, theirs = 1.0 / max(a[1] ** 2, 1e-9), 1.0 / max(b[1] ** 2, 1e-9)
+    return (mine * a[0] + theirs * b[0]) / (mine + theirs), math.sqrt(1.0 / (mine + theirs))
 
 
 def _by_group(trials: Sequence[RetrainTrial]) -> dict[GroupKey, list[RetrainTrial]]:
