@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from executor.agent import AgentCommand, Replace, Start, Stop, Tell, WorkerView
+from executor.agent import SHARE_TOLERANCE, AgentCommand, Replace, Start, Stop, Tell, WorkerView
 from executor.limits import RestartPolicy
 from executor.links import (
     EpochDone,
@@ -262,10 +262,10 @@ class Roster:
         """
         if worker.shrink_sent_s is None or not isinstance(report, Progress | StreamStats):
             return
-        named = getattr(report, "share", None)
+        named = report.share if isinstance(report, Progress) else None
         if named is None and now - worker.shrink_sent_s < self._settle_s:
             return
-        if named is None or named <= worker.share_asked + 1e-9:
+        if named is None or named <= worker.job.share + SHARE_TOLERANCE:
             worker.share_held, worker.shrink_sent_s = worker.job.share, None
 
     def _epoch(self, worker: Worker, report: EpochDone) -> None:

@@ -18,7 +18,6 @@ class Worker:
     state: str = "starting"
     share_held: float = 0.0
     share_cap: float = 1.0
-    share_asked: float = 1.0
     shrink_sent_s: float | None = None
     ready_s: float | None = None
     resumes_s: float = 0.0

@@ -293,7 +293,9 @@ class Service:
                 return
         if isinstance(report, Progress):
             report = msgspec.structs.replace(
-                report, share_achieved=self.backend.observe(report.share_achieved, worker.share_cap)
+                report,
+                share_achieved=self.backend.observe(report.share_achieved, worker.share_cap),
+                share=self.backend.observe(report.share, worker.share_cap),
             )
         for effect in self._roster.reported(worker_id, report, now):
             self._carry_out(effect, now)
@@ -348,16 +350,14 @@ class Service:
         else:
             order = effect.command
             if isinstance(order, SetShare):
-                worker.share_asked = self.backend.paced_share(order.share, worker.share_cap)
-                order = SetShare(share=worker.share_asked)
+                order = SetShare(share=self.backend.paced_share(order.share, worker.share_cap))
             self._supervisor.send(worker.worker_id, order)
 
     def _launch(self, worker: Worker, now: float) -> None:
-        worker.share_asked = self.backend.paced_share(worker.job.share, worker.share_cap)
         try:
             environment = self.backend.worker_environment(worker.job, worker.job.share)
             start = StartJob(
-                job=self._as_started(worker.job, now, worker.share_asked),
+                job=self._as_started(worker.job, now, self.backend.paced_share(worker.job.share, worker.share_cap)),
                 store=self._welcome.store if self._welcome else "",
                 device=self.backend.worker_device,
                 pace=self.backend.pace,

@@ -177,6 +177,7 @@ class Process:
     ready: bool = False
     stopping: bool = False
     orders: list[Command] = field(default_factory=list)
+    ordered_s: float = 0.0
 
 
 class LossyLink(RuleBasedStateMachine):
@@ -279,13 +280,14 @@ class LossyLink(RuleBasedStateMachine):
         self.roster.reported(process.worker_id, Progress(count=1, share_achieved=None, share=share), self.now)
         self.reconcile()
 
-    @rule(data=st.data())
-    def a_report_from_before_the_order_arrives(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), names_share=st.booleans())
+    def a_report_from_before_the_order_arrives(self, data: st.DataObject, names_share: bool) -> None:
         process = self.pick(data)
-        if process is not None and process.ready:
-            stale = Progress(count=1, share_achieved=None, share=process.share)
-            self.roster.reported(process.worker_id, stale, self.now)
-            self.reconcile()
+        if process is None or not process.ready or (not names_share and self.now - process.ordered_s >= 0.25):
+            return
+        stale = Progress(count=1, share_achieved=None, share=process.share if names_share else None)
+        self.roster.reported(process.worker_id, stale, self.now)
+        self.reconcile()
 
     @rule(data=st.data())
     def a_worker_ends(self, data: st.DataObject) -> None:
@@ -348,6 +350,7 @@ class LossyLink(RuleBasedStateMachine):
             else:
                 process = self.processes[worker.worker_id]
                 process.orders.append(effect.command)
+                process.ordered_s = self.now
                 if isinstance(effect.command, SetShare) and effect.command.share > process.share:
                     process.share = effect.command.share  # the worst case: it grows at once
 
