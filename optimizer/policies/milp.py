@@ -37,7 +37,7 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from optimizer.objective import judge
+from optimizer.objective import judge, upper_bound_trivial
 from optimizer.policies.options import Job, Option, OptionMaker
 from optimizer.policies.packing import Placed, write_plan
 from protocol.errors import PlanError
@@ -65,7 +65,7 @@ class _Solve:
 
     def __init__(self, problem: Problem, started_s: float, deadline_s: float) -> None:
         self.problem, self.started_s, self.deadline_s = problem, started_s, deadline_s
-        self.maker = OptionMaker(problem)
+        self.maker = OptionMaker(problem, max(problem.migration_s, problem.config_change_s))
         self.total_weight = sum(stream.weight for stream in problem.streams)
 
     def plan(self) -> Plan:
@@ -110,11 +110,20 @@ class _Solve:
         slots_bound = slots.solve(self.deadline_s)
         if slots_bound is None:
             return None
+        if self.problem.migration_s < self.problem.config_change_s:
+            slots_bound = self._bound_with_cheap_moves()
         if not self.maker.memory_matters:
             return slots.placed(), slots_bound
         jobs = _JobModel(self, options)
         jobs_bound = jobs.solve(self.deadline_s)
         return None if jobs_bound is None else (jobs.placed(), min(slots_bound, jobs_bound))
+
+    def _bound_with_cheap_moves(self) -> float:
+        """A bound for the odd case that moving costs less than staying with another configuration."""
+        maker = OptionMaker(self.problem)
+        relaxed = _SlotModel(self, [maker.options(stream) for stream in self.problem.streams])
+        bound = relaxed.solve(self.deadline_s)
+        return upper_bound_trivial(self.problem) if bound is None else bound
 
 
 class _Model:

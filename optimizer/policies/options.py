@@ -78,10 +78,16 @@ class Option:
 
 
 class OptionMaker:
-    """Enumerates options of the streams of one problem."""
+    """Enumerates options of the streams of one problem.
 
-    def __init__(self, problem: Problem) -> None:
+    ``move_s`` prices a change of GPU, ``problem.migration_s`` where None. It should not be below
+    ``config_change_s`` for plans that keep their promise: an option does not say which of several equal
+    GPUs its jobs get, and on the same one a change of configuration is due instead of a move.
+    """
+
+    def __init__(self, problem: Problem, move_s: float | None = None) -> None:
         self.problem = problem
+        self.move_s = problem.migration_s if move_s is None else move_s
         self.quantum = problem.share_quantum
         classes = gpu_classes(problem)
         self.class_gpus = [gpu for gpu, _ in classes]
@@ -126,7 +132,7 @@ class OptionMaker:
 
     def _inference_places(self, stream: StreamProfile) -> list[tuple[Place, NDArray[np.float64]]]:
         """Places for inference with the seconds that starting each configuration there costs."""
-        change_s, move_s = self.problem.config_change_s, self.problem.migration_s
+        change_s, move_s = self.problem.config_change_s, self.move_s
         count = len(stream.inference)
         home = None if stream.serving_gpu is None else self.fixed_place(stream.serving_gpu)
         away = np.full(count, move_s if stream.serving_gpu is not None else 0.0)
@@ -289,7 +295,7 @@ class _Choices:
         found = self._collect("split", places, lams, lams, gammas, value, shortfall, fits, False)
         afters = self._usable(destination.gpu_class)
         if len(afters) and not (place.fixed and place == destination):
-            move_cost_s = np.full((len(lams), len(afters)), problem.migration_s)
+            move_cost_s = np.full((len(lams), len(afters)), self.maker.move_s)
             value, shortfall = self._values(lams, start_cost_s, gammas, seconds, move_cost_s, afters)
             room = np.arange(1, seconds.shape[1] + 1)[:, None] >= self.need[destination.gpu_class][afters][None, :]
             found += self._collect(
