@@ -51,7 +51,7 @@ class LocalExecutors:
     def check(self) -> None:
         """Raises EkyaError when an executor ended by itself."""
         for device, process in self._processes:
-            if process.poll() not in (None, 0):
+            if process.poll() is not None:
                 raise EkyaError(f"the executor of {device} ended with exit code {process.returncode}; see its log")
 
     def close(self) -> None:

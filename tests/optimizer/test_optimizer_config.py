@@ -67,7 +67,7 @@ def test_a_good_file_loads_with_defaults_and_absolute_paths(tmp_path: Path) -> N
         ("window_s = 60", "window_s = -1", ["window_s", "5.0"]),
         ("seed = 3", "sed = 3", ["'sed'", "streams[0].source", "seed"]),
         ('type = "city", seed = 3', 'type = "town", seed = 3', ["streams[0].source", "town"]),
-        ("seed = 3", "", ["streams[0].source.seed", "missing"]),
+        (", seed = 3", "", ["streams[0].source.seed", "missing"]),
         ('stream_id = "lot"', 'stream_id = "gate"', ["stream_id", "'gate'", "twice"]),
         ('3 = "car"', '3 = "truck"', ["'lot'", "class_map", "'truck'", "person, car"]),
         ('classes = ["person", "car"]', 'classes = ["car", "car"]', ["classes"]),
