@@ -145,7 +145,8 @@ def _socket(context: Context, kind: int, high_water: int, max_bytes: int, addres
     socket.setsockopt(zmq.MAXMSGSIZE, max_bytes)
     socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-    socket.setsockopt(zmq.IMMEDIATE, 1)
+    # A SUB has nothing to queue; with IMMEDIATE it would only subscribe once its thread happens to call it again.
+    socket.setsockopt(zmq.IMMEDIATE, kind != zmq.SUB)
     if "[" in address:
         socket.setsockopt(zmq.IPV6, 1)
     return socket

@@ -41,6 +41,7 @@ SITE = "site"
 MAX_PUBLISHER_ID = 128
 _COUNTERS = struct.Struct(">QQ")
 _MAX_PUBLISHERS = 1024
+_ANSWER_S = 1.0  # live events wait no longer than this for a snapshot
 _ENDED = ("finished", "failed", "stopped")
 
 
@@ -108,7 +109,7 @@ class EventSink(Protocol):
 
 
 class _FrameSocket(Protocol):
-    def send_multipart(self, frames: list[bytes], flags: int = 0) -> object: ...
+    def send_multipart(self, frames: list[bytes], /, flags: int = 0) -> object: ...
 
 
 class NullPublisher:
@@ -316,7 +317,7 @@ class _Local:
 
 
 class Received(NamedTuple):
-    """``missed``: events lost just before this one. Events of a snapshot have sequence 0 and no publisher."""
+    """``missed``: events lost since the live event before. Events of a snapshot have sequence 0 and no publisher."""
 
     event: TelemetryEvent
     publisher: str
@@ -328,7 +329,7 @@ class Received(NamedTuple):
 class Subscriber:
     """A client of a site's telemetry. Asks for a snapshot at the start, after a loss and after a silence.
 
-    An event may come twice (live and in a snapshot); never an older one of a publisher after a newer snapshot.
+    An event may come twice (live and in a snapshot), but the newest of a kind and subject comes last.
     """
 
     def __init__(
@@ -352,6 +353,7 @@ class Subscriber:
         self.missed = 0
         self.malformed = 0
         self.snapshots = 0
+        self._untold = 0  # lost events that no delivered event has reported yet
         self.site = ""
         self._pinned = bool(telemetry_address)
         self._prefixes = tuple(prefix.encode() for prefix in prefixes)
@@ -363,16 +365,17 @@ class Subscriber:
         self._context: sockets.Context = zmq.Context()
         self._control = sockets.ControlClient(self._context, control_address) if control_address else None
         self._events: sockets.Socket | None = None
-        self._poller = zmq.Poller()
+        self._poller, self._answers = zmq.Poller(), zmq.Poller()
         if self._control is not None:
             self._poller.register(self._control.socket, zmq.POLLIN)
+            self._answers.register(self._control.socket, zmq.POLLIN)
         if telemetry_address:
             self._subscribe(telemetry_address)
         self._pending: deque[Received] = deque()
         self._counters: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         self._known: dict[str, int] = {}
         self._due_s = clock()
-        self._asked_s = -float("inf")
+        self._asked_s = self._answered_s = -float("inf")
         self._heard_s = clock()
 
     def start(self, timeout_s: float = 5.0) -> Snapshot:
@@ -408,16 +411,19 @@ class Subscriber:
             if self._pending:
                 return self._pending.popleft()
             self._ask_if_due()
-            received = self._take_event()
-            if received is not None:
-                return received
             self._take_answers()
             if self._pending:
                 continue
+            # An event that overtakes the snapshot would be followed by the older state in it, so events wait.
+            waiting = self._awaiting_answer()
+            received = None if waiting else self._take_event()
+            if received is not None:
+                return received
             left_ms = (end_s - self._clock()) * 1000
             if left_ms <= 0:
                 return None
-            self._poller.poll(min(100, int(left_ms) + 1))
+            poller = self._answers if waiting else self._poller
+            poller.poll(min(100, int(left_ms) + 1))
 
     def close(self) -> None:
         if self._control is not None:
@@ -452,8 +458,10 @@ class Subscriber:
             missed = self._count(publisher, topic, sequence, topic_sequence)
             if missed:
                 self.missed += missed
+                self._untold += missed
                 self._due_s = self._heard_s
             if sequence > self._known.get(publisher, 0):
+                missed, self._untold = self._untold, 0
                 return Received(event, publisher, sequence, missed)
         return None
 
@@ -476,11 +484,8 @@ class Subscriber:
     def _adopt(self, snapshot: Snapshot) -> None:
         self.snapshots += 1
         self.site = snapshot.site
-        self._heard_s = self._clock()
+        self._heard_s = self._answered_s = self._clock()
         self._known = snapshot.sequence
-        for publisher, sequence in snapshot.sequence.items() if self._everything else ():
-            last = self._counters.get((publisher, b""), 0)
-            self._counters[publisher, b""] = max(last, sequence)
         for event in snapshot.events:
             if topic_of(event).startswith(self._prefixes):
                 self._pending.append(Received(event, "", 0, 0, True))
@@ -490,6 +495,9 @@ class Subscriber:
             self._subscribe(address)
             # Nothing tells when the subscription has reached the hub; what falls in between is in a second snapshot.
             self._due_s = self._clock() + 0.5
+
+    def _awaiting_answer(self) -> bool:
+        return self._answered_s < self._asked_s and self._clock() - self._asked_s < _ANSWER_S
 
     def _ask_if_due(self) -> None:
         now = self._clock()

@@ -72,7 +72,7 @@ def _values(info: mi.Type) -> st.SearchStrategy[Any]:
 UNIONS: list[Any] = [ToServer, ToClient, TelemetryEvent, links.Command, links.Report]
 KINDS = [(kind, union) for union in UNIONS for kind in get_args(union)]
 FEW = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-MANY = settings(max_examples=300, deadline=None)
+MANY = settings(max_examples=150, deadline=None)
 
 
 def a_problem() -> Problem:
