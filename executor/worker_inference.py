@@ -7,11 +7,13 @@ import math
 import os
 import statistics
 import time
+from collections import deque
 from pathlib import Path
 
 from executor.learning.device import Device
 from executor.learning.inference import InferenceEngine, ModelLoader, Outcome, load_classifier
 from executor.links import Command, Ready, SetInference, StreamStats, SwapModel, Swapped, SwapRefused
+from executor.streams.clock import FrameClock
 from executor.streams.frames import FrameSource
 from executor.worker_link import Link
 from protocol.logs import line
@@ -19,38 +21,24 @@ from protocol.messages import InferenceJob
 from protocol.schema import CheckpointRef
 
 _log = logging.getLogger(__name__)
-_QUEUE_S = 1.0  # frames older than this are of no use to anybody
+_BACKLOG_S = 1.0  # frames older than this are of no use to anybody
 
 
-class Arrivals:
-    """Which frames have arrived and wait to be taken; the oldest are dropped when more than a second of them wait.
+class Backlog:
+    """Frames that arrived and wait for a late worker, oldest first, at most a second of them."""
 
-    Frame ``i`` arrives at stream time i / fps; the stream's time is ``position_s`` at ``now``.
-    """
+    def __init__(self, clock: FrameClock, limit: int) -> None:
+        self._clock, self._limit = clock, limit
+        self._waiting: deque[int] = deque()
 
-    def __init__(self, fps: float, position_s: float, now: float) -> None:
-        self._fps = fps
-        self._origin = now - position_s
-        self._limit = max(2, math.ceil(fps * _QUEUE_S))
-        self._next = math.floor(position_s * fps) + 1
-
-    def arrival(self, index: int) -> float:
-        """When frame ``index`` arrives, on the clock of ``now``."""
-        return self._origin + index / self._fps
-
-    def wait_s(self, now: float) -> float:
-        """Seconds until the next frame that was not taken yet is there; 0 when it is."""
-        return max(0.0, self.arrival(self._next) - now)
-
-    def take(self, now: float) -> tuple[range, int | None]:
-        """(frames that were dropped, the next frame to look at or None)."""
-        newest = math.floor((now - self._origin) * self._fps + 1e-6)
-        first = self._next
-        kept = max(first, newest - self._limit + 1)
-        if kept > newest:
-            return range(0), None
-        self._next = kept + 1
-        return range(first, kept), kept
+    def take(self, now: float) -> tuple[list[int], int | None]:
+        """(frames that are given up, the next frame to look at or None)."""
+        arrived = self._clock.arrived(now)
+        skipped = range(arrived.frames.start - arrived.num_skipped, arrived.frames.start)
+        self._waiting.extend(skipped)
+        self._waiting.extend(arrived.frames)
+        dropped = [self._waiting.popleft() for _ in range(len(self._waiting) - self._limit)]
+        return dropped, self._waiting.popleft() if self._waiting else None
 
 
 class StreamServer:
@@ -62,8 +50,12 @@ class StreamServer:
     def __init__(self, job: InferenceJob, source: FrameSource, store: Path, device: Device, link: Link) -> None:
         self._job, self._source, self._store, self._device, self._link = job, source, store, device, link
         # The stream does not wait for its worker to start: frames that arrive meanwhile queue up or are dropped.
-        self._arrivals = Arrivals(job.stream.fps, job.position_s, time.monotonic())
+        limit = max(2, math.ceil(job.stream.fps * _BACKLOG_S))
+        self._clock = FrameClock(job.stream.fps, job.position_s, time.monotonic(), limit)
+        self._backlog = Backlog(self._clock, limit)
         classifier = load_classifier(store, job.checkpoint, job.stream.classes, device, job.config.resolution_px)
+        # The first crops of a source may cost a second (background, decoder): not a stream's first second.
+        classifier.analyse(source.frame(self._clock.next_index), job.config.resolution_px)
         self._engine = InferenceEngine(classifier, job.config)
         self._version = classifier.version
         self._loader: ModelLoader | None = None
@@ -81,14 +73,14 @@ class StreamServer:
         link.send(Ready(pid=os.getpid(), startup_s=time.monotonic() - started, num_units=self._device.num_units))
         link.start_afresh()
         while not link.stopping:
-            dropped, index = self._arrivals.take(time.monotonic())
+            dropped, index = self._backlog.take(time.monotonic())
             for lost in dropped:
                 self._process(lost, dropped=True)
             if index is not None:
                 self._process(index, dropped=False)
                 link.step()
             else:
-                link.wait(min(self._arrivals.wait_s(time.monotonic()) + 1e-4, stats_interval_s))
+                link.wait(min(self._clock.next_due() - time.monotonic(), stats_interval_s))
             self._swap()
             if time.monotonic() - self._stats.since >= stats_interval_s:
                 self._flush()
@@ -99,7 +91,7 @@ class StreamServer:
         outcome = self._engine.process(frame, dropped=dropped)
         now = time.monotonic()
         self._conditions = frame.conditions
-        self._stats.add(outcome, dropped, (now - self._arrivals.arrival(index)) * 1e3)
+        self._stats.add(outcome, dropped, self._clock.lag_s(index, now) * 1e3)
         if self._loader is not None or self._took_over:
             self._gap_s = max(self._gap_s, now - self._result_at)
         self._result_at = now

@@ -56,10 +56,11 @@ class Retraining:
                 f"data set {job.dataset.path}: {len(train)} training and {len(self._validation)} held-out crops "
                 f"are too few; raise label_fps of stream {job.stream.stream_id}"
             )
-        self.student = student_for(job.config, serving, job.stream.student, num_classes, device, job.seed)
-        before = self.student if serving is None else serving.to(device.torch_device)
+        student = student_for(job.config, serving, job.stream.student, num_classes, device, job.seed)
+        before = student if serving is None else serving.to(device.torch_device)
         part = subset(train, max(2, round(job.config.data_fraction * len(train))), job.seed)
-        self._trainer = Trainer(self.student, job.config, part, device, job.seed)
+        self._trainer = Trainer(student, job.config, part, device, job.seed)
+        self.student = self._trainer.average
         self.epochs: list[EpochResult] = []
         self._best = -1
         self._best_state: dict[str, torch.Tensor] = {}

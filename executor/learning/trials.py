@@ -101,7 +101,7 @@ def _retrain_trial(
         start = stepper.busy_s()
         if trainer.epoch(stepper):
             raise _StoppedError
-        epochs.append(_epoch(epoch, student, crops.validation, device, stepper, start))
+        epochs.append(_epoch(epoch, trainer.average, crops.validation, device, stepper, start))
     return RetrainTrial(
         config=config,
         num_samples=len(part),
@@ -144,6 +144,8 @@ def _inference_trials(
         golden_busy_s += stepper.busy_s() - golden_start
     fetch_s = max(0.0, stepper.busy_s() - start_busy_s - golden_busy_s) / len(frames)
     classifier = CropClassifier(serving, device, job.checkpoint.version)
+    if stepper.step():
+        raise _StoppedError
     trials: dict[str, InferenceTrial] = {}
     for resolution_px in sorted({config.resolution_px for config in job.inference}):
         configs = [config for config in job.inference if config.resolution_px == resolution_px]
@@ -158,7 +160,7 @@ def _analysed(
 ) -> tuple[dict[int, Objects], dict[int, float]]:
     """Result and busy seconds (crops made, classified) of every frame that one of ``configs`` analyses."""
     resolution_px = configs[0].resolution_px
-    classifier.warm_up(resolution_px)
+    classifier.analyse(frames[0], resolution_px)  # not measured: caches and set-up that are paid once
     results: dict[int, Objects] = {}
     busy_s: dict[int, float] = {}
     for frame in frames:
