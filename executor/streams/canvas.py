@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from executor.streams.paints import Colour, Paint
-from executor.streams.resize import resize_planes
+from executor.streams.resize import halved, sampled_planes
 
 Vec = tuple[float, float, float]
 
@@ -25,6 +25,7 @@ PITCH = math.radians(13.0)
 
 NUM_LEVELS = 16
 LEVEL_RATIO = 2.0**-0.25
+_NUM_HALVINGS = (NUM_LEVELS - 1) // 4
 
 # Layers of a sprite: fixed red, green, blue; tint 1; tint 2; coverage; shadow; glow red, green, blue.
 _TINT, _COVER, _SHADOW, _GLOW, _NUM_LAYERS = 3, 5, 6, 7, 10
@@ -34,15 +35,23 @@ _SUN /= np.linalg.norm(_SUN)
 
 
 class Sprite(NamedTuple):
-    """``layers`` uint8 (10, h, w), see ``to_bytes``. ``origin``: pixel (column, row) of the ground below the centre.
+    """``mips``: uint8 (10, h, w) layers, see ``to_bytes``, as drawn then halved again and again.
+
+    ``origin``: pixel (column, row) of the ground below the centre.
 
     ``body``: x0, y0, x1, y1 of the covered part in pixels, shadow and glow excluded. ``ppm``: pixels per metre.
     """
 
-    layers: NDArray[np.uint8]
+    mips: tuple[NDArray[np.uint8], ...]
     origin: tuple[float, float]
     body: tuple[float, float, float, float]
     ppm: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels as drawn."""
+        height, width = self.mips[0].shape[1:]
+        return height, width
 
 
 class Canvas:
@@ -62,7 +71,9 @@ class Canvas:
         across = abs(self._sin) * length + abs(self._cos) * width + margin
         deep = (abs(self._cos) * length + abs(self._sin) * width) * math.sin(PITCH) + margin * (1 if glow else 0.4)
         self._origin = (across * ppm, (height * math.cos(PITCH) + deep) * ppm)
-        shape = (math.ceil(self._origin[1] + deep * ppm), math.ceil(2 * self._origin[0]))
+        whole = 2**_NUM_HALVINGS
+        rows, columns = self._origin[1] + deep * ppm, 2 * self._origin[0]
+        shape = (math.ceil(rows / whole) * whole, math.ceil(columns / whole) * whole)
         self._layers = np.zeros((_NUM_LAYERS, *shape), np.float32)
         self._rows = np.arange(shape[0], dtype=np.float32)[:, None] + 0.5
         self._columns = np.arange(shape[1], dtype=np.float32)[None, :] + 0.5
@@ -150,7 +161,10 @@ class Canvas:
         solid = np.argwhere(self._layers[_COVER] > 0.4)
         (top, left), (bottom, right) = solid.min(0), solid.max(0)
         body = (float(left), float(top), float(right + 1), float(bottom + 1))
-        return Sprite(to_bytes(self._layers), self._origin, body, self._ppm)
+        mips = [to_bytes(self._layers)]
+        while len(mips) <= _NUM_HALVINGS:
+            mips.append(halved(mips[-1]))
+        return Sprite(tuple(mips), self._origin, body, self._ppm)
 
     def _project(self, point: Vec) -> tuple[float, float]:
         x, y, z = point
@@ -181,13 +195,13 @@ class Canvas:
         if window is None:
             return
         rows, columns = self._rows[window[0]], self._columns[:, window[1]]
-        inside: NDArray[np.float32] | None = None
+        inside: NDArray[np.floating] | None = None
         for (ax, ay), (bx, by) in zip(flat, [*flat[1:], flat[0]], strict=True):
             length = math.hypot(bx - ax, by - ay)
             if length < 1e-6:
                 continue
             distance = (rows - ay) * ((ax - bx) / length) + (columns - ax) * ((by - ay) / length)
-            inside = distance if inside is None else np.minimum(inside, distance)
+            inside = distance if inside is None else np.asarray(np.minimum(inside, distance))
         if inside is not None:
             self._put(window, np.clip(inside + 0.5, 0, 1), paint, shade)
 
@@ -217,13 +231,17 @@ def to_bytes(layers: NDArray[np.float32]) -> NDArray[np.uint8]:
 def level_size(sprite: Sprite, level: int) -> tuple[int, int]:
     """(height, width) of the sprite at a level; level 0 is as drawn, each further one smaller by 2 ** -0.25."""
     ratio = LEVEL_RATIO**level
-    return max(round(sprite.layers.shape[1] * ratio), 3), max(round(sprite.layers.shape[2] * ratio), 3)
+    height, width = sprite.size
+    return max(round(height * ratio), 3), max(round(width * ratio), 3)
 
 
 def level_of(sprite: Sprite, level: int) -> NDArray[np.uint8]:
     """The sprite's layers scaled to a level, uint8 (10, h, w)."""
-    planes = resize_planes(sprite.layers.astype(np.float32), *level_size(sprite, level))
-    return np.asarray(planes + 0.5, np.uint8)
+    mip = sprite.mips[level // 4]
+    size = level_size(sprite, level)
+    if mip.shape[1:] == size:
+        return mip
+    return sampled_planes(mip, *size)
 
 
 def tinted(

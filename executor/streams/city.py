@@ -86,6 +86,10 @@ class City:
         items = [self._item(track, place, time_s, fog, lamps, ambient) for place, track in placed if place[1] > 2]
         return CityFrame(self, index, state, items)
 
+    def tracks_at(self, time_s: float) -> list[Track]:
+        """The road users on their way at a stream time, in view or not."""
+        return self._traffic.tracks(time_s)
+
     def close(self) -> None:
         """Drop the caches."""
         self._renderer = None
@@ -120,9 +124,9 @@ class City:
         for item in items:
             sprite = item.sprite
             scale = item.ppm / sprite.ppm
-            half = max(sprite.origin[0], sprite.layers.shape[2] - sprite.origin[0]) * scale
+            half = max(sprite.origin[0], sprite.size[1] - sprite.origin[0]) * scale
             top = item.row - sprite.origin[1] * scale
-            found.append((item.column - half, top, item.column + half, top + sprite.layers.shape[1] * scale))
+            found.append((item.column - half, top, item.column + half, top + sprite.size[0] * scale))
         return found
 
     def _item(

@@ -101,9 +101,9 @@ class Renderer:
         for item in items:
             self._paste(picture, item, light, rows, columns)
         self._sensor(picture, light, index, rows, columns, (x1 - x0) / width, (y1 - y0) / height)
+        np.clip(picture, 0, 255, out=picture)
         if px is not None:
             picture = resize_planes(picture, px, px)
-        np.clip(picture, 0, 255, out=picture)
         return np.ascontiguousarray(picture.transpose(1, 2, 0).astype(np.uint8))
 
     def _ground(
@@ -132,8 +132,8 @@ class Renderer:
     ) -> None:
         sprite = item.sprite
         scale = item.ppm / sprite.ppm
-        sprite_height, sprite_width = sprite.layers.shape[1] * scale, sprite.layers.shape[2] * scale
-        anchor = sprite.layers.shape[2] - sprite.origin[0] if item.flip else sprite.origin[0]
+        sprite_height, sprite_width = sprite.size[0] * scale, sprite.size[1] * scale
+        anchor = sprite.size[1] - sprite.origin[0] if item.flip else sprite.origin[0]
         left, top = item.column - anchor * scale, item.row - sprite.origin[1] * scale
         j0, j1 = columns.searchsorted((max(left, item.clip[0]), min(left + sprite_width, item.clip[1])))
         i0, i1 = rows.searchsorted((top, top + sprite_height))

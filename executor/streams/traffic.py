@@ -17,7 +17,7 @@ from executor.streams.hashing import generator
 from executor.streams.paints import Colour
 
 MIX: dict[str, dict[str, float]] = {
-    "commute": {"person": 0.26, "cyclist": 0.16, "car": 0.30, "van": 0.10, "bus": 0.08, "motorcycle": 0.10},
+    "commute": {"person": 0.24, "cyclist": 0.16, "car": 0.26, "van": 0.13, "bus": 0.09, "motorcycle": 0.12},
     "freight": {"person": 0.12, "cyclist": 0.06, "car": 0.16, "van": 0.40, "bus": 0.16, "motorcycle": 0.10},
     "weekend": {"person": 0.30, "cyclist": 0.30, "car": 0.14, "van": 0.04, "bus": 0.04, "motorcycle": 0.18},
     "festival": {"person": 0.44, "cyclist": 0.10, "car": 0.06, "van": 0.10, "bus": 0.22, "motorcycle": 0.08},
