@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from optimizer.objective import Verdict, judge
+from optimizer.objective import Verdict, judge, stamped
 from optimizer.policies import baselines
 from optimizer.policies.registry import PolicyEntry, get_policy, policy_entry
 from optimizer.policies.thief import thief
@@ -203,6 +203,7 @@ class Planner:
                 return own
         found: list[Candidate] = []
         if last_plan is not None:
+            found += self._attempt(question, "last plan", lambda: _still(problem, last_plan))
             found += self._attempt(question, "last plan repaired", lambda: baselines.repaired(problem, last_plan))
         found += self._attempt(question, "fair", lambda: baselines.fair(problem, INCUMBENT_BUDGET_S))
         found += self._attempt(question, "thief", lambda: thief(problem, INCUMBENT_BUDGET_S))
@@ -313,6 +314,12 @@ class Planner:
         self._quick_deaths += 1
         if self._quick_deaths > 1:
             self._restart_s = self._clock() + min(MAX_RESTART_WAIT_S, 0.25 * 2.0**self._quick_deaths)
+
+
+def _still(problem: Problem, last_plan: Plan) -> Plan:
+    """The last plan word for word; the judge will say whether it can still be executed."""
+    report = SolveReport(policy="last plan", status="heuristic")
+    return stamped(problem, msgspec.structs.replace(last_plan, window_s=problem.window_s, report=report))
 
 
 def _status(status: SolveStatus, bound: float | None) -> SolveStatus:

@@ -96,8 +96,10 @@ class SolverProcess:
         select.select([self._link], writable, [], max(0.0, seconds))
 
     def _epitaph(self) -> str:
-        code = self._process.poll()
-        if code is None:
+        # The connection of a dying process closes a moment before its exit code can be had.
+        try:
+            code = self._process.wait(timeout=0.2)
+        except subprocess.TimeoutExpired:
             return "closed its connection"
         return f"was killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
 

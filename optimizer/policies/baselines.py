@@ -132,6 +132,7 @@ def repaired(problem: Problem, last: Plan) -> Plan:
     """
     started_s = time.monotonic()
     previous = {assignment.stream_id: assignment for assignment in last.assignments}
+    gpus = {gpu.gpu_id: index for index, gpu in enumerate(problem.gpus)}
     wishes: list[Wish] = []
     for stream in problem.streams:
         assignment = previous.get(stream.stream_id)
@@ -139,16 +140,19 @@ def repaired(problem: Problem, last: Plan) -> Plan:
         held = stream.serving_inference or (assignment.inference[0].inference_id if assignment else "")
         lam = names.get(held)
         gamma, r = -1, 0
+        gpu = gpus.get(stream.serving_gpu or (assignment.inference[0].gpu_id if assignment else ""), -1)
+        retrain_gpu = -1
         if assignment is not None and assignment.retrain is not None:
             step = assignment.retrain
             running = [i for i, p in enumerate(stream.retrain) if p.pinned_gpu is not None]
             same = [i for i, p in enumerate(stream.retrain) if p.retrain_id == step.retrain_id]
             gamma = next(iter(running + same), -1)
             r = max(1, round(step.share / problem.share_quantum))
+            retrain_gpu = gpus.get(step.gpu_id, -1)
         lam_quanta = 1
         if lam is not None:
             lam_quanta = max(1, round(stream.inference[lam].gpu_share_needed / problem.share_quantum))
-        wishes.append(Wish(lam_quanta=lam_quanta, lam=lam, gamma=gamma, r=r))
+        wishes.append(Wish(lam_quanta=lam_quanta, lam=lam, gamma=gamma, r=r, gpu=gpu, retrain_gpu=retrain_gpu))
     return heuristic_plan(problem, pack(problem, wishes), "last plan repaired", started_s)
 
 

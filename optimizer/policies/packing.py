@@ -36,12 +36,15 @@ class Placed:
 @dataclass(frozen=True, slots=True)
 class Wish:
     """What a policy wants for one stream before GPUs are looked at. ``lam`` is the inference configuration
-    (the best one that ``lam_quanta`` sustain where None), ``gamma`` -1 = no retraining, ``r`` its quanta."""
+    (the best one that ``lam_quanta`` sustain where None), ``gamma`` -1 = no retraining, ``r`` its quanta.
+    ``gpu`` and ``retrain_gpu`` are preferred places, -1 = where the stream is served, and none."""
 
     lam_quanta: int
     lam: int | None = None
     gamma: int = -1
     r: int = 0
+    gpu: int = -1
+    retrain_gpu: int = -1
 
 
 def write_plan(problem: Problem, placed: Sequence[Placed], report: SolveReport) -> Plan:
@@ -143,7 +146,7 @@ class _Packing:
     def place_inference(self, v: int, candidates: Sequence[int]) -> bool:
         """Put the first of ``candidates`` that fits: where the stream is served now, else where least room is left."""
         stream = self.problem.streams[v]
-        home = self.position.get(stream.serving_gpu or "", -1)
+        home = self.wishes[v].gpu if self.wishes[v].gpu >= 0 else self.position.get(stream.serving_gpu or "", -1)
         for lam in candidates:
             num_bytes = stream.inference[lam].memory_bytes
             best, best_left = -1, 0
@@ -177,7 +180,8 @@ class _Packing:
             seconds = retrain_seconds(profile, self.problem.gpus[gpu], share_of(quanta, self.problem.share_quantum))
             if seconds >= self.problem.window_s:
                 continue
-            key = (seconds if quanta < r else 0.0, int(gpu != self.gpu[v]), self.room.quanta[gpu] - quanta)
+            preference = 0 if gpu == self.wishes[v].retrain_gpu else 1 if gpu == self.gpu[v] else 2
+            key = (seconds if quanta < r else 0.0, preference, self.room.quanta[gpu] - quanta)
             if best is None or key < best[0]:
                 best = (key, gpu, quanta)
         if best is None:
