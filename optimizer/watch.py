@@ -36,6 +36,7 @@ from protocol.events import (
     WorkerChanged,
 )
 from protocol.logs import line
+from protocol.sockets import parse_address
 from protocol.telemetry import Subscriber
 
 SPARK_S = 60.0
@@ -323,10 +324,12 @@ def watch(
     events are printed as lines instead.
 
     Raises:
+        InputError: ``control_address`` is no address.
         UnreachableError: no optimizer answers at ``control_address`` within ``timeout_s``.
         VersionMismatchError: the optimizer speaks another protocol version.
     """
     console = console if console is not None else Console()
+    control_address = parse_address(control_address, "ADDRESS")
     with Subscriber(control_address, telemetry_address=telemetry_address) as subscriber:
         state = WatchState(subscriber.start(timeout_s).site)
         try:

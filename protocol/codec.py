@@ -42,8 +42,8 @@ def encode(record: Record, *, max_bytes: int = MAX_DOWN_BYTES) -> bytes:
     """MessagePack bytes of a record, its tag under the key ``type``.
 
     Raises:
-        ProtocolError: a float is NaN or infinite, an integer does not fit 64 bits, or the result is
-            larger than ``max_bytes``.
+        ProtocolError: a float is NaN or infinite, an integer does not fit 64 bits, a string or an array is too
+            long, or the result is larger than ``max_bytes``.
     """
     plain = msgspec.to_builtins(record)
     try:
@@ -52,7 +52,9 @@ def encode(record: Record, *, max_bytes: int = MAX_DOWN_BYTES) -> bytes:
         raise ProtocolError(f"cannot encode {type(record).__name__}: {_short(error)}") from None
     if len(data) > max_bytes:
         raise ProtocolError(f"{type(record).__name__} takes {len(data)} bytes, the limit is {max_bytes}")
-    if _PERHAPS_NON_FINITE.search(data):
+    if len(data) > MAX_STRING_BYTES:  # smaller ones cannot hold anything that the receiver would find too long
+        _unpack(data, max_bytes)
+    elif _PERHAPS_NON_FINITE.search(data):
         _refuse_non_finite(plain)
     return data
 

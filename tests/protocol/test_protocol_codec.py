@@ -260,6 +260,10 @@ def test_a_message_that_is_too_large_is_not_sent() -> None:
         codec.frames_of(Goodbye(executor_id="a", reason="x" * (1 << 20)), max_bytes=codec.MAX_UP_BYTES)
     with pytest.raises(ProtocolError, match="cannot encode Ack"):
         codec.encode(Ack(event_id=2**64))
+    with pytest.raises(ProtocolError, match="max_str_len"):
+        codec.encode(Goodbye(executor_id="a", reason="x" * (codec.MAX_STRING_BYTES + 1)))
+    longest = Goodbye(executor_id="a", reason="x" * codec.MAX_STRING_BYTES)
+    assert codec.decode(codec.encode(longest), ToServer) == longest
 
 
 def test_a_problem_saved_is_a_problem_loaded(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from optimizer.watch import WatchState, bar, render, sparkline, watch
 from protocol import sockets
-from protocol.errors import UnreachableError
+from protocol.errors import InputError, UnreachableError
 from protocol.events import (
     ExecutorChanged,
     JobShare,
@@ -330,3 +330,5 @@ def test_without_a_terminal_events_are_printed_as_lines(address: str) -> None:
 def test_nobody_at_the_address_is_a_clear_error() -> None:
     with pytest.raises(UnreachableError, match="no optimizer answers at tcp://127"):
         watch("tcp://127.0.0.1:9", timeout_s=0.2)
+    with pytest.raises(InputError, match="ADDRESS: 'localhost' is not an address; write it like tcp://"):
+        watch("localhost")
