@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -179,12 +180,15 @@ def _file_name(row: Row) -> str:
 def _table(name: str, problem: Problem, outcomes: Sequence[Outcome]) -> Table:
     size = f"{len(problem.streams)} streams, {len(problem.gpus)} GPUs, {problem.window_s:g} s"
     limit = upper_bound_trivial(problem)
-    table = Table(title=f"{name}: {size}", caption=f"each stream alone on the site would reach {limit:.4f}")
-    table.add_column("policy")
+    table = Table(
+        box=SIMPLE_HEAD, title=f"{name}: {size}", caption=f"each stream alone on the site would reach {limit:.4f}"
+    )
+    table.add_column("policy", no_wrap=True)
     for heading in ("accuracy", "bound", "gap", "seconds"):
-        table.add_column(heading, justify="right")
-    for heading in ("status", "verdict", "remark"):
-        table.add_column(heading)
+        table.add_column(heading, justify="right", no_wrap=True)
+    for heading in ("status", "verdict"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("remark", overflow="fold", min_width=8)
     best = max((o.row.value for o in outcomes if o.row.feasible), default=None)
     for outcome in outcomes:
         row = outcome.row

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import msgspec
 import pytest
 
 from optimizer.objective import judge, upper_bound_trivial
 from optimizer.policies.milp import milp
 from optimizer.policies.registry import get_policy
-from optimizer.problems import random_problem
+from optimizer.problems import load_problem, random_problem
 from protocol.errors import PlanError
 from protocol.plan import Problem
 from tests.optimizer.static_plans import best_static_plan, small_problem
@@ -133,6 +135,20 @@ def test_a_running_retraining_goes_on_where_it_runs() -> None:
     retrain = milp(problem, 20.0).assignments[0].retrain
     assert retrain is not None
     assert (retrain.retrain_id, retrain.gpu_id) == ("running", "gpu1")
+
+
+def test_the_worked_example_comes_out_as_by_hand() -> None:
+    """Table 1 of the paper, window 1, three GPUs: both streams at full inference, B retrains for 50 s on the third."""
+    problem = load_problem(Path(__file__).parents[2] / "examples" / "worked_example.json")
+    plan = milp(problem, 20.0)
+    by_hand = (0.65 + (50.0 * 0.50 + 70.0 * 0.85) / 120.0) / 2.0
+    assert by_hand == pytest.approx(0.677, abs=5e-4)
+    assert judge(problem, plan).value == pytest.approx(by_hand)
+    a, b = plan.assignments
+    assert a.retrain is None
+    assert b.retrain is not None
+    assert (b.retrain.retrain_id, b.retrain.share) == ("to85", 1.0)
+    assert [step.share for step in (*a.inference, *b.inference)] == [1.0, 1.0]
 
 
 def test_too_many_streams_are_an_error_not_a_plan() -> None:
