@@ -37,7 +37,7 @@ from protocol.events import (
 )
 from protocol.logs import line
 from protocol.sockets import parse_address
-from protocol.telemetry import Subscriber
+from protocol.subscriber import Subscriber
 
 SPARK_S = 60.0
 SPARK_COLUMNS = 30

@@ -25,7 +25,8 @@ from protocol.errors import InputError, ProtocolError, UnreachableError, Version
 from protocol.events import ExecutorChanged, JobShare, Notice, TelemetryEvent, WindowOpened, WorkerChanged
 from protocol.messages import SnapshotRequest
 from protocol.sockets import ControlServer
-from protocol.telemetry import Hub, NullPublisher, Publisher, Received, Subscriber, event_of, frames_of, topic_of
+from protocol.subscriber import Received, Subscriber
+from protocol.telemetry import Hub, NullPublisher, Publisher, event_of, frames_of, topic_of
 
 HANG_S = 20.0
 EXAMPLE = Path(__file__).parents[2] / "examples" / "subscribe.py"
