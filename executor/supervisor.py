@@ -13,7 +13,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
-from typing import Protocol
 
 from executor.limits import Limits
 from executor.links import Command, JobDone, Ready, Report, StartJob, StopJob
@@ -43,12 +42,6 @@ class Exited:
 WorkerEvent = Reported | Exited
 
 
-class Evict(Protocol):
-    """Takes a process out of a share daemon before it is signalled."""
-
-    def __call__(self, pid: int) -> None: ...
-
-
 @dataclass(slots=True)
 class _Process:
     worker_id: int
@@ -74,7 +67,7 @@ class Supervisor:
         self,
         entry: str = "executor.worker:main",
         limits: Limits | None = None,
-        evict: Evict = lambda pid: None,
+        evict: Callable[[int], None] = lambda pid: None,
         clock: Callable[[], float] = time.monotonic,
         forkserver: ForkServer | None = None,
     ) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 from typing import Literal
 
 from executor.shares.backend import PacingBackend, ShareBackend
 from executor.shares.devices import Device
+from executor.shares.mps import MpsBackend
+from executor.shares.mps_control import PROGRAM, MpsDaemon
 from protocol.errors import DeviceError
+from protocol.logs import line
+
+log = logging.getLogger(__name__)
 
 
 def choose_backend(choice: Literal["auto", "pacing", "mps"], device: Device, mps_directory: str = "") -> ShareBackend:
@@ -15,6 +22,19 @@ def choose_backend(choice: Literal["auto", "pacing", "mps"], device: Device, mps
     Raises:
         DeviceError: MPS was asked for and cannot be had.
     """
-    if choice == "mps":
-        raise DeviceError(f"MPS needs an NVIDIA GPU; {device.text} is none; use --share pacing")
-    return PacingBackend(device)
+    if choice == "mps" and device.kind != "cuda":
+        raise DeviceError(f"MPS needs an NVIDIA GPU, {device.text} is none; use --share pacing")
+    program = shutil.which(PROGRAM)
+    if choice == "mps" and program is None:
+        raise DeviceError(f"MPS needs the program {PROGRAM} of the NVIDIA driver; install it or use --share pacing")
+    if choice == "pacing" or device.kind != "cuda" or program is None:
+        return PacingBackend(device)
+    daemon = MpsDaemon(device.uuid, mps_directory, program)
+    try:
+        return MpsBackend(device, daemon)
+    except DeviceError as error:
+        daemon.close()
+        if choice == "mps":
+            raise
+        log.warning("%s", line("mps_not_used", reason=str(error)))
+        return PacingBackend(device)

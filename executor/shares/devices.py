@@ -12,13 +12,14 @@ from protocol.schema import Bytes, GpuSpec, Record
 
 
 class Device(Record, frozen=True, kw_only=True):
-    """A device that exists. ``uuid`` and ``name`` are empty for CPU cores."""
+    """A device that exists. ``uuid`` and ``name`` are empty and ``num_units`` (multiprocessors) is 0 for CPU cores."""
 
     kind: Literal["cpu", "cuda"]
     index: int
     memory_bytes: Bytes
     uuid: str = ""
     name: str = ""
+    num_units: int = 0
 
     @property
     def text(self) -> str:
@@ -41,7 +42,14 @@ def find_device(text: str) -> Device:
     index = int(match[2])
     if match[1] == "cuda":
         gpu = nvml.find_gpu(index)
-        return Device(kind="cuda", index=index, memory_bytes=gpu.memory_bytes, uuid=gpu.uuid, name=gpu.name)
+        return Device(
+            kind="cuda",
+            index=index,
+            memory_bytes=gpu.memory_bytes,
+            uuid=gpu.uuid,
+            name=gpu.name,
+            num_units=gpu.num_units,
+        )
     cores = sorted(os.sched_getaffinity(0))
     if index not in cores:
         known = ", ".join(f"cpu:{core}" for core in cores)

@@ -44,6 +44,7 @@ def find_gpu(index: int) -> NvidiaGpu:
             name=_text(nvml.nvmlDeviceGetName(handle)),
             memory_bytes=int(nvml.nvmlDeviceGetMemoryInfo(handle).total),
             driver=_text(nvml.nvmlSystemGetDriverVersion()),
+            num_units=_num_units(nvml, handle),
         )
 
 
@@ -61,6 +62,17 @@ def _nvml() -> Iterator[Any]:
         raise DeviceError(f"NVML fails: {error}") from None
     finally:
         pynvml.nvmlShutdown()
+
+
+def _num_units(nvml: Any, handle: Any) -> int:
+    """Multiprocessors of a GPU: its cores by the cores of one; 0 for an unknown architecture or an old driver."""
+    try:
+        major, minor = nvml.nvmlDeviceGetCudaComputeCapability(handle)
+        cores = int(nvml.nvmlDeviceGetNumGpuCores(handle))
+    except nvml.NVMLError:
+        return 0
+    each = 64 if (major, minor) in {(7, 0), (7, 2), (7, 5), (8, 0)} else 128 if major >= 8 else 0
+    return cores // each if each else 0
 
 
 def _text(value: object) -> str:

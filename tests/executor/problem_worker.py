@@ -1,7 +1,8 @@
 """A worker that behaves as its environment says: PROBLEM="job_id=mode,..." ("*" for every job).
 
 Modes: good, never_ready, crash_at_start, crash_later, hang, ignore_term, flood, half_message, garbage, broken,
-helper (starts a process of its own), segfault. It speaks the real pipe protocol of a real worker.
+helper (starts a process of its own), segfault,
+without_mps (does not find the daemon). It speaks the real pipe protocol of a real worker.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def main(connection: Connection) -> None:
         subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL)
     if mode in ("never_ready", "ignore_term_never_ready"):
         _sleep_for_ever(connection)
-    say(connection, Ready(pid=os.getpid(), startup_s=0.0, num_units=int(os.environ.get("UNITS", "0"))))
+    say(connection, Ready(pid=os.getpid(), startup_s=0.0, num_units=attach_to_mps(mode)))
     if mode == "hang":
         time.sleep(1000.0)
     if mode == "half_message":
@@ -72,6 +73,18 @@ def main(connection: Connection) -> None:
         except OSError:
             sys.exit(0)
     _work(connection, start.job, mode)
+
+
+def attach_to_mps(mode: str) -> int:
+    """What CUDA does at its first call: connect to the daemon, or go on silently without it."""
+    program = os.environ.get("MPS_MODEL")
+    if program is None:
+        return 0
+    if mode == "without_mps":
+        return 132
+    order = f"model_attach {os.getpid()} {os.environ['CUDA_MPS_ACTIVE_THREAD_PERCENTAGE']}"
+    done = subprocess.run([program], input=order, capture_output=True, text=True, check=True)
+    return int(done.stdout)
 
 
 def mode_of(job_id: str) -> str:
