@@ -250,9 +250,7 @@ class Service:
         for output in outputs:
             match output:
                 case Send(executor_id=executor_id, message=message):
-                    peer = self._peers.get(executor_id)
-                    if peer is None or not self._server.send(peer, message):
-                        log.warning("%s", line("not_sent", to=executor_id, message=type(message).__name__))
+                    self._send(executor_id, message)
                 case Publish(event=event):
                     self._publisher.publish(event)
                 case Solve(token=token, problem=problem, window=window, phase=phase):
@@ -264,6 +262,17 @@ class Service:
                     self._exit = output
                 case Save():
                     pass
+
+    def _send(self, executor_id: str, message: m.Down) -> None:
+        """Send if possible; what is lost here is sent again by the coordinator or asked for again by the executor."""
+        peer, reason = self._peers.get(executor_id), "not connected"
+        if peer is not None:
+            try:
+                if self._server.send(peer, message):
+                    return
+            except ProtocolError as error:
+                reason = str(error)
+        log.warning("%s", line("not_sent", to=executor_id, message=type(message).__name__, reason=reason))
 
     def _linger(self) -> None:
         """Let executors hear that they may leave, and take their last words."""
