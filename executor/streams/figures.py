@@ -41,8 +41,8 @@ SHAPES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "van": {
         "summer": ("panel", "panel", "panel", "glazed"),
-        "winter": ("panel", "minibus"),
-        "fleet": ("glazed", "minibus", "pickup_box"),
+        "winter": ("panel", "panel", "minibus"),
+        "fleet": ("glazed", "minibus", "pickup_box", "pickup_box"),
     },
     "bus": {
         "summer": ("city_bus", "city_bus", "midibus"),

@@ -111,6 +111,11 @@ def draw_vehicle(shape: str, heading: int) -> Sprite:
     if bus:
         for x in (length * 0.62, -length * 0.08):
             _both_sides(canvas, _rect(x, x + 1.0, 0.4, 2.35), width, DARK)
+    if not bus:
+        # Vans wear dark cladding; it tells them from cars and small buses where the build does not.
+        _both_sides(canvas, _rect(-length, foot, sill, 0.62), width, DARK)
+        for x in (-length - 0.005, length + 0.005):
+            _panel(canvas, x, sill, 0.62, -width, width, DARK)
     if shape == "panel":
         _both_sides(canvas, _rect(-length + 0.4, 0.2, 1.2, 1.75), width, TRIM)
     _ends(canvas, length, width, roof, bus=bus, rear_glass=shape not in ("panel", "pickup_box"))
