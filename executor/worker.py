@@ -6,6 +6,7 @@ why: JobDone, or JobBroken with a kind that says whose fault it was. When the ex
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -36,6 +37,9 @@ from protocol.schema import LabelResult, RetrainResult, StreamSpec, TrialResult
 
 _log = logging.getLogger(__name__)
 
+# Written while there is memory to write it with.
+_OUT_OF_MEMORY = encode(JobBroken(kind="memory", reason="out of memory"))
+
 BrokenKind = Literal["input", "memory", "diverged", "device", "checkpoint", "internal"]
 
 
@@ -57,6 +61,8 @@ def main(connection: Connection, open_stream: Callable[[StreamSpec], FrameSource
         _log.info(line("worker_exit", reason="executor gone"))
     except ProtocolError as error:
         _log.error(line("worker_exit", reason=error))
+        with contextlib.suppress(ParentGoneError):
+            _tell(connection, JobBroken(kind="internal", reason=f"the job was not understood: {error}"))
 
 
 def _run(
@@ -73,11 +79,14 @@ def _run(
     except ParentGoneError:
         raise
     except Exception as error:
-        broken = _diagnosis(error)
-        _log.error(line("job_broken", job=start.job.job_id, kind=broken.kind, reason=broken.reason))
-        if broken.kind == "internal":
-            _log.error(traceback.format_exc())
-        _tell(connection, broken)
+        try:
+            broken = _diagnosis(error)
+            _tell(connection, broken)
+            _log.error(line("job_broken", job=start.job.job_id, kind=broken.kind, reason=broken.reason))
+            if broken.kind == "internal":
+                _log.error(traceback.format_exc())
+        except MemoryError:
+            _send(connection, _OUT_OF_MEMORY)
     finally:
         if source is not None:
             source.close()
@@ -127,7 +136,11 @@ def _diagnosis(error: Exception) -> JobBroken:
 
 
 def _tell(connection: Connection, broken: JobBroken) -> None:
+    _send(connection, encode(broken))
+
+
+def _send(connection: Connection, data: bytes) -> None:
     try:
-        connection.send_bytes(encode(broken))
+        connection.send_bytes(data)
     except OSError as error:
         raise ParentGoneError from error

@@ -97,10 +97,13 @@ class Link:
         return Pacer(share, time.monotonic, self._device.busy_s, self.wait)
 
     def _report(self) -> None:
-        now = time.monotonic()
-        if now - self._reported >= self._interval_s:
-            self._reported = now
-            self.send(Progress(count=self._count, share_achieved=self._pacer.achieved()))
+        if time.monotonic() - self._reported >= self._interval_s:
+            self._send_progress()
+
+    def _send_progress(self) -> None:
+        self._reported = time.monotonic()
+        share = self._share if self._pace else None
+        self.send(Progress(count=self._count, share_achieved=self._pacer.achieved(), share=share))
 
     def _answer(self, seconds: float) -> bool:
         """Answer all commands that are there, waiting up to ``seconds`` for the first."""
@@ -116,6 +119,7 @@ class Link:
                 self._share = command.share
                 if self._pace:
                     self._pacer.set_share(command.share)
+                    self._send_progress()  # others wait for the share that this worker gives up
             elif isinstance(command, StopJob):
                 self.stopping = command.reason or "stop"
             else:

@@ -60,19 +60,23 @@ def burn(device: Device, seconds: float, stepper: Stepper) -> bool:
     return False
 
 
-def label(job: LabelJob, source: FrameSource, store: Path, device: Device, stepper: Stepper, seed: int) -> LabelResult:
+def label(
+    job: LabelJob, source: FrameSource, store: Path, device: Device, stepper: Stepper, seed: int
+) -> LabelResult | None:
     """Label the job's frames, add the exemplar memory, write the data set.
 
-    A stop request ends it early with the frames labelled so far. Raises InputError when there is nothing
-    to learn from: no object in any frame and no exemplars.
+    A stop request ends it early with the frames labelled so far, and with None when there are none.
+    Raises InputError when there is nothing to learn from: no object in any frame and no exemplars.
     """
     started = time.monotonic()
     stream = job.stream
     num_classes = len(stream.classes)
     parts: list[CropSet] = []
     num_frames = 0
+    stopped = False
     for index in frames_to_label(job.from_s, job.to_s, stream.fps, stream.label_fps):
-        if burn(device, stream.golden.seconds_per_frame, stepper) or stepper.step():
+        stopped = burn(device, stream.golden.seconds_per_frame, stepper) or stepper.step()
+        if stopped:
             break
         frame = source.frame(index)
         num_frames += 1
@@ -89,6 +93,8 @@ def label(job: LabelJob, source: FrameSource, store: Path, device: Device, stepp
         previous = datasets.load(store, job.exemplars, stream.classes)
         memory = replay.exemplars(previous, stream.exemplars_per_class, stream.crop_px)
         fresh = datasets.concatenate([fresh, memory])
+    if stopped and num_frames == 0:
+        return None
     if len(fresh) == 0:
         raise InputError(
             f"stream {stream.stream_id}: no object in the {num_frames} frames labelled from {job.from_s:g} s "

@@ -124,5 +124,3 @@ def test_a_write_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot be written"):
         save(tmp_path, student())
     assert files(tmp_path) == ["checkpoints"]
-
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -11,6 +13,7 @@ from protocol.schema import CitySource, GoldenSpec, StreamSpec
 CLASSES = ("red", "green", "blue")
 _COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]], np.float32)
 SIZE = 40
+_MEMORY_BYTES = 1 << 20
 
 
 class TinyFrame:
@@ -42,6 +45,8 @@ class TinySource:
     def __init__(self, spec: StreamSpec) -> None:
         if spec.stream_id == "missing":
             raise InputError("stream missing: video nowhere.mp4: no such file")
+        if spec.stream_id == "greedy":
+            resource.setrlimit(resource.RLIMIT_DATA, (_MEMORY_BYTES, _MEMORY_BYTES))
         self.fps, self.classes = spec.fps, spec.classes
         self.closed = False
 
