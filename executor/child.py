@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from protocol import logs
+
 _PR_SET_PDEATHSIG = 1
 
 
@@ -28,7 +30,9 @@ def resolve(entry: str) -> Callable[[Connection], None]:
     return found
 
 
-def enter(connection: Connection, entry: str, environment: Mapping[str, str], oom_score_adj: int) -> None:
+def enter(
+    connection: Connection, entry: str, environment: Mapping[str, str], oom_score_adj: int, log_level: str
+) -> None:
     """Run ``entry`` in this fresh child of the forkserver.
 
     ``environment`` (an empty value unsets a variable) is set here and not in the parent: one MPS percentage
@@ -49,6 +53,7 @@ def enter(connection: Connection, entry: str, environment: Mapping[str, str], oo
             os.environ[name] = value
         else:
             os.environ.pop(name, None)
+    logs.configure("worker", log_level)
     resolve(entry)(connection)
 
 

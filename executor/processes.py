@@ -93,7 +93,8 @@ class Pipe:
 class ForkServer:
     """Starts worker processes from a server that has the heavy libraries imported."""
 
-    def __init__(self, preload: str = "executor.preload") -> None:
+    def __init__(self, preload: str = "executor.preload", log_level: str = "info") -> None:
+        self._log_level = log_level
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(["executor.tether", preload])
 
@@ -117,7 +118,7 @@ class ForkServer:
         """
         ours, theirs = self._context.Pipe()
         process = self._context.Process(
-            target=child.enter, args=(theirs, entry, dict(environment), oom_score_adj), daemon=False
+            target=child.enter, args=(theirs, entry, dict(environment), oom_score_adj, self._log_level), daemon=False
         )
         try:
             process.start()

@@ -79,7 +79,7 @@ class Service:
         self._outbox = Outbox()
         self._fence = Fence(self.executor_id)
         self._roster = Roster(self.executor_id, self._gpu.gpu_id, self._outbox, config.restarts)
-        self._forkserver = ForkServer(config.preload)
+        self._forkserver = ForkServer(config.preload, config.log_level)
         self._supervisor = Supervisor(config.worker, config.limits, backend.evict, clock, self._forkserver)
         self._context: sockets.Context = zmq.Context()
         self._client = sockets.ControlClient(self._context, config.connect, clock)
