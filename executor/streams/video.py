@@ -94,6 +94,8 @@ class Video:
         # Slices only: decoding whole frames ahead in threads would disturb the shares measured around it.
         self._stream.thread_type = "SLICE"
         self._stream.codec_context.thread_count = 1
+        # Damage is to be reported, not painted over.
+        self._stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
         times: list[int] = []
         keys: list[int] = []
         for packet in self._container.demux(self._stream):
@@ -106,36 +108,36 @@ class Video:
                 keys.append(int(packet.pts))
         # Frames are shown in the order of their time stamps; packets come in decoding order.
         self._times = sorted(times)
-        self._keys = sorted(keys)
+        self._keys = sorted(bisect.bisect_left(self._times, time) for time in keys)
         if not self._times or not self._keys:
             raise InputError(f"{self._path}: holds no decodable frame")
         if len(set(self._times)) != len(self._times):
             raise InputError(f"{self._path}: two frames share a time stamp; re-encode the file")
 
     def _decode(self, number: int) -> Any:
-        wanted = self._times[number]
         behind = number - self._next
-        if self._frames is None or behind < 0 or (behind > _MAX_WALK and self._key_between(number)):
-            self._container.seek(self._seek_time(wanted), stream=self._stream, backward=True)
+        if self._frames is None or behind < 0 or (behind > _MAX_WALK and self._key_before(number) > self._next):
+            self._next = self._key_before(number)
+            self._container.seek(self._times[self._next], stream=self._stream, backward=True)
             self._frames = self._container.decode(self._stream)
         for frame in self._frames:
             if frame.pts is None:
-                raise SourceError(f"{self._path}: a frame before {number} has no time stamp")
-            self._next = bisect.bisect_left(self._times, int(frame.pts)) + 1
-            if frame.pts == wanted:
-                if frame.is_corrupt:
-                    raise SourceError(f"{self._path}: frame {number} is damaged")
-                return frame
-            if frame.pts > wanted:
                 break
+            position = bisect.bisect_left(self._times, int(frame.pts))
+            if position < self._next:
+                continue  # shown before the key frame, but stored behind it
+            if position > self._next or frame.is_corrupt:
+                break  # decoders leave a damaged frame out and build the following ones on it
+            self._next += 1
+            if position == number:
+                return frame
+        missing = self._next
         self._frames = None
-        raise SourceError(f"{self._path}: frame {number} is missing from the decoded video; the file is damaged")
+        raise SourceError(f"{self._path}: frame {number} cannot be decoded: the file is damaged at frame {missing}")
 
-    def _seek_time(self, wanted: int) -> int:
-        return self._keys[max(bisect.bisect_right(self._keys, wanted) - 1, 0)]
-
-    def _key_between(self, number: int) -> bool:
-        return self._seek_time(self._times[number]) > self._times[min(self._next, self.num_frames - 1)]
+    def _key_before(self, number: int) -> int:
+        """The last key frame at or before a frame, as a frame number."""
+        return self._keys[max(bisect.bisect_right(self._keys, number) - 1, 0)]
 
 
 def _reason(error: BaseException) -> str:
