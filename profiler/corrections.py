@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from profiler.costs import diverged, group_key
+from profiler.costs import GroupKey, diverged, group_key
 from profiler.records import ConfigEstimate, Outcome, StreamHistory, WindowHistory
 from protocol.schema import Record, RetrainConfig
 
@@ -17,15 +17,28 @@ DECAY = 0.8
 PRIOR_STRENGTH = 2.0
 MAX_LIVE_CORRECTION = 0.2
 MAX_COST_RATIO = 4.0
+LOGIT_FLOOR = 0.02
 # How far the accuracy that one configuration reaches wanders from window to window before much is known.
 LEVEL_DRIFT = 0.08
 
 
-class AccuracyCorrection(Record, frozen=True, kw_only=True):
-    """Mean error of the curves' estimates (realised less estimated) and their spread.
+def logit(accuracy: float) -> float:
+    """log(a / (1 - a)), finite also for 0 and 1."""
+    bounded = min(max(accuracy, LOGIT_FLOOR), 1.0 - LOGIT_FLOOR)
+    return math.log(bounded / (1.0 - bounded))
 
-    ``spread`` None = no outcome yet. ``level``: accuracy that this very configuration reached in past
-    windows and its standard error, None when it never ran.
+
+def from_logit(value: float) -> float:
+    """The accuracy of a logit."""
+    return 1.0 / (1.0 + math.exp(-value))
+
+
+class AccuracyCorrection(Record, frozen=True, kw_only=True):
+    """Mean error of the curves' estimates (realised less estimated) and their spread, both in logits.
+
+    A window that begins at 20 % and one that begins at 70 % leave very different room: an error learned in one
+    carries over as odds, not as points. ``spread`` None = no outcome yet. ``level``: accuracy that this very
+    configuration reached in past windows and its standard error, None when it never ran.
     """
 
     bias: float
@@ -76,7 +89,7 @@ def accuracy_correction(config: RetrainConfig, history: StreamHistory) -> Accura
             before = _estimated(window, outcome)
             if before is None:
                 continue
-            error = reached - before.curve_accuracy
+            error = logit(reached) - logit(before.curve_accuracy)
             errors.append((error, weight))
             if group_key(outcome.result.config) == key:
                 own.append((error, weight))
@@ -87,6 +100,24 @@ def accuracy_correction(config: RetrainConfig, history: StreamHistory) -> Accura
     if errors:
         spread = math.sqrt(sum(w * (e - bias) ** 2 for e, w in errors) / weights)
     return AccuracyCorrection(bias=bias, spread=spread, weight=weights, level=_level(levels))
+
+
+def reached_best(config: RetrainConfig, history: StreamHistory) -> float | None:
+    """Accuracy that retrainings of past windows got to: of the configuration's group, else of any; None = none yet."""
+    key = group_key(config)
+    for own in (True, False):
+        best = [
+            (max(found), DECAY**age)
+            for age, window in enumerate(reversed(history.windows))
+            if (found := [r for o in window.outcomes if (r := _reached_by(o, key if own else None)) is not None])
+        ]
+        if best:
+            return sum(value * weight for value, weight in best) / sum(weight for _, weight in best)
+    return None
+
+
+def _reached_by(outcome: Outcome, key: GroupKey | None) -> float | None:
+    return reached_accuracy(outcome) if key is None or group_key(outcome.result.config) == key else None
 
 
 def cost_ratio(config: RetrainConfig, history: StreamHistory) -> float:

@@ -66,9 +66,12 @@ def cost_model(trial: RetrainTrial) -> CostModel | None:
     validation_s = statistics.median([e.busy_s for e in trial.epochs if e.epoch == 0] or [0.0])
     # On tiny trials the first validation may hold warm-up and exceed a whole epoch: then it says nothing.
     validation_s = min(validation_s, 0.5 * epoch_s)
+    # A last batch that is not full costs less than a full one and more than its samples: the mean of both, in factors.
+    batch = trial.config.batch_size
+    num_samples = math.sqrt(trial.num_samples * math.ceil(trial.num_samples / batch) * batch)
     return CostModel(
         startup_s=trial.startup_s,
-        seconds_per_sample=(epoch_s - validation_s) / trial.num_samples,
+        seconds_per_sample=(epoch_s - validation_s) / num_samples,
         validation_s=validation_s,
     )
 

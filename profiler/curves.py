@@ -29,10 +29,9 @@ from protocol.schema import Record
 Array = npt.NDArray[np.float64]
 Family = Literal["hyperbolic", "power", "exponential"]
 
-# Repeating the same samples is worth less and less; after this many repeats a further epoch adds 1/e of a fresh one.
-# Muennighoff et al. (NeurIPS 2023) find about 15 for large models; small students that are tuned on a few hundred
-# crops saturate sooner (benchmarks/bench_profiler.py, runs of 30 epochs).
-REPEATS_WORTH = 8.0
+# Repeating the same samples is worth less and less; after about this many repeats a further epoch adds 1/e of a fresh
+# one (Muennighoff et al., NeurIPS 2023, find a constant of about 15 for repeated data).
+REPEATS_WORTH = 15.0
 NUM_SCALES = 8
 MIN_EFFORT = 1e-6
 # Prior on where a curve ends: this part of the best point's error is still removed, give or take.

@@ -15,9 +15,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from profiler.corrections import accuracy_correction, cost_ratio, live_correction
+from profiler.corrections import accuracy_correction, cost_ratio, from_logit, live_correction, logit, reached_best
 from profiler.costs import CostModel, GroupKey, cost_model, diverged, group_key, key_distance, neighbour_cost
-from profiler.curves import LearningCurve, effective_effort, fit_curve
+from profiler.curves import MIN_ERROR, LearningCurve, effective_effort, fit_curve
 from profiler.priors import ERROR_PER_HALF_WIDTH, AccuracyPrior
 from profiler.quality import measure_inference
 from profiler.records import ConfigEstimate, Estimate, EstimateSource, StreamHistory
@@ -162,7 +162,7 @@ def _estimate_retrain(
     # Newest last, so that it wins; this window's own trials come at the very end.
     for age, result in [*((len(past) - i, t) for i, t in enumerate(past)), *([(0, trial)] if trial else [])]:
         for key, group in _by_group(result.retrain).items():
-            fitted = _fit(group, dataset.num_validation)
+            fitted = _fit(group, dataset.num_validation, reached_best(group[0].config, history))
             cost = next((c for c in map(cost_model, group) if c is not None), None)
             if fitted is None or cost is None:
                 continue
@@ -209,10 +209,12 @@ def _estimate_retrain(
 def _blend(accuracy: float, error: float, config: RetrainConfig, history: StreamHistory) -> tuple[float, float]:
     """Curve estimate corrected by past errors, then weighed by precision against what the configuration reached."""
     learned = accuracy_correction(config, history)
-    corrected = accuracy + learned.bias
+    corrected = from_logit(logit(accuracy) + learned.bias)
     variance = error**2
     if learned.spread is not None:
-        variance = (CURVE_ERROR_STRENGTH * error**2 + learned.weight * learned.spread**2) / (
+        # The slope of the accuracy over its logit takes the spread back to points.
+        spread = max(learned.spread * corrected * (1.0 - corrected), MIN_ERROR)
+        variance = (CURVE_ERROR_STRENGTH * error**2 + learned.weight * spread**2) / (
             CURVE_ERROR_STRENGTH + learned.weight
         )
     if learned.level is not None:
@@ -235,7 +237,7 @@ def _by_group(trials: Sequence[RetrainTrial]) -> dict[GroupKey, list[RetrainTria
     return groups
 
 
-def _fit(trials: Sequence[RetrainTrial], num_validation: int) -> LearningCurve | None:
+def _fit(trials: Sequence[RetrainTrial], num_validation: int, reached: float | None) -> LearningCurve | None:
     points = []
     for trial in trials:
         # A diverged epoch's accuracy is chance; the curve keeps what was reached before it.
@@ -247,7 +249,9 @@ def _fit(trials: Sequence[RetrainTrial], num_validation: int) -> LearningCurve |
     if not points:
         return None
     efforts, accuracies = zip(*points, strict=True)
-    return fit_curve(efforts, accuracies, num_validation=num_validation)
+    # Where the curve may end: as far as this student got before, but never below what the trial itself reached.
+    ceiling = None if reached is None else max(reached, *accuracies)
+    return fit_curve(efforts, accuracies, ceiling=ceiling, num_validation=num_validation)
 
 
 def _carry_over(accuracy: float, start: float, now: float) -> float:

@@ -20,20 +20,24 @@ class TrialKnobs(Record, frozen=True, kw_only=True):
     """How much to try.
 
     ``data_share``: part of the training split (0.05 to 0.1 in the paper); ``min_samples``: but never fewer than
-    this, where there are as many. ``max_epochs``/``min_epochs``: epochs of a trial, the latter when the budget is
-    tight. ``max_frames``/``min_frames``: frames that inference configurations are measured on. ``prune_margin``:
-    a group is pruned when another one reaches this much more accuracy for no more cost. ``revive_after``:
-    windows after which a pruned group is tried again. ``accuracy_drop``: fall of the realised accuracy against
-    the mean of the earlier windows that revives all.
+    this, where there are as many; ``max_samples``: what a budget with room raises the sample to.
+    ``max_epochs``/``min_epochs``: epochs of a trial, the latter when the budget is tight.
+    ``max_frames``/``min_frames``: frames that inference configurations are measured on.
+    ``prune_margin``: a group is pruned when another one reaches this much more accuracy for no more cost;
+    ``min_trials``: but not before it was tried in this many windows. ``revive_after``: windows after which a
+    pruned group is tried again. ``accuracy_drop``: fall of the realised accuracy against the mean of the
+    earlier windows that revives all.
     """
 
     data_share: float = 0.1
-    min_samples: int = 48
+    min_samples: int = 64
+    max_samples: int = 128
     max_epochs: int = 4
     min_epochs: int = 2
     max_frames: int = 60
     min_frames: int = 30
     prune_margin: float = 0.04
+    min_trials: int = 2
     revive_after: int = 4
     accuracy_drop: float = 0.05
 
@@ -54,7 +58,8 @@ def choose_trials(
     each group that shares a trial the configuration with the most data and epochs stands for all.
     ``label_s_per_frame``: golden-model seconds for a frame that inference is measured on. Retraining trials come
     before inference measurements; within them, groups longest without a trial first, then those nearest to the
-    front. Epochs are cut before groups are. An empty data set gives no retraining trials. Raises ValueError for
+    front. Samples are cut before epochs and epochs before
+    groups. An empty data set gives no retraining trials. Raises ValueError for
     a negative or NaN budget.
     """
     knobs = knobs or TrialKnobs()
@@ -77,10 +82,15 @@ def choose_trials(
 
     pruned = set() if _accuracy_fell(history, knobs) else _far_from_front(groups, history, knobs)
     order = sorted((k for k in groups if k not in pruned), key=lambda k: (-_age(k, history), -_promise(k, history)))
-    for num_epochs in dict.fromkeys((epochs, max(min(knobs.min_epochs, epochs), 1))):
-        chosen, spent = _fill(order, costs, num_samples, num_epochs, budget_gpu_s)
+    more = min(dataset.num_train, max(num_samples, knobs.max_samples))
+    few = max(min(knobs.min_epochs, epochs), 1)
+    measuring = _inference_seconds(inference, history, label_s_per_frame) * knobs.min_frames
+    # Largest trials first; the bigger sample only when it leaves enough to measure inference as well.
+    for size, num_epochs, rest in ((more, epochs, measuring), (num_samples, epochs, 0.0), (num_samples, few, 0.0)):
+        chosen, spent = _fill(order, costs, size, num_epochs, budget_gpu_s - rest)
         if len(chosen) == len(order):
             break
+    share = size / dataset.num_train if dataset.num_train > 0 else 0.0
     frames, measured_s = _frames_for(inference, history, budget_gpu_s - spent, label_s_per_frame, knobs)
     return TrialChoice(
         retrain=tuple(groups[key] for key in chosen),
@@ -131,20 +141,30 @@ def _frames_for(
     inference: Sequence[InferenceConfig], history: StreamHistory, budget: float, label_s: float, knobs: TrialKnobs
 ) -> tuple[int, float]:
     """Frames to measure every inference configuration on and the seconds that takes; (0, 0) = keep the last."""
-    busy: dict[InferenceConfig, float] = {}
-    for window in history.windows:
-        for row in window.trial.inference if window.trial is not None else ():
-            busy[row.config] = row.busy_s_per_frame
+    busy = _last_busy(history)
     if not inference or not busy:
         return 0, 0.0
-    per_frame = label_s + sum(busy.get(config, max(busy.values())) for config in inference)
-    unknown = any(config not in busy for config in inference)
+    per_frame = _inference_seconds(inference, history, label_s)
     affordable = budget / per_frame if per_frame > 0.0 else math.inf
     frames = math.floor(min(float(knobs.max_frames), affordable))
     if frames < knobs.min_frames:
         # A configuration that was never measured must be, whatever the budget: it would be guessed otherwise.
-        frames = knobs.min_frames if unknown else 0
+        frames = knobs.min_frames if any(config not in busy for config in inference) else 0
     return frames, frames * per_frame
+
+
+def _inference_seconds(inference: Sequence[InferenceConfig], history: StreamHistory, label_s: float) -> float:
+    """Seconds per frame of measuring all configurations, the golden model included."""
+    busy = _last_busy(history)
+    return label_s + sum(busy.get(config, max(busy.values(), default=0.0)) for config in inference)
+
+
+def _last_busy(history: StreamHistory) -> dict[InferenceConfig, float]:
+    busy: dict[InferenceConfig, float] = {}
+    for window in history.windows:
+        for row in window.trial.inference if window.trial is not None else ():
+            busy[row.config] = row.busy_s_per_frame
+    return busy
 
 
 def _age(key: GroupKey, history: StreamHistory) -> int:
@@ -153,6 +173,13 @@ def _age(key: GroupKey, history: StreamHistory) -> int:
         if window.trial is not None and any(group_key(row.config) == key for row in window.trial.retrain):
             return age
     return len(history.windows)
+
+
+def _num_trials(key: GroupKey, history: StreamHistory) -> int:
+    return sum(
+        window.trial is not None and any(group_key(row.config) == key for row in window.trial.retrain)
+        for window in history.windows
+    )
 
 
 def _last_estimates(history: StreamHistory) -> dict[RetrainConfig, tuple[float, float]]:
@@ -179,7 +206,7 @@ def _far_from_front(groups: dict[GroupKey, RetrainConfig], history: StreamHistor
         beaten = mine and all(
             any(c <= cost and g >= gain + knobs.prune_margin for c, g in others) for cost, gain in mine
         )
-        if beaten and _age(key, history) < knobs.revive_after:
+        if beaten and _num_trials(key, history) >= knobs.min_trials and _age(key, history) < knobs.revive_after:
             far.add(key)
     return far
 

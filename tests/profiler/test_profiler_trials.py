@@ -26,7 +26,7 @@ def with_window(history: StreamHistory, world: World, configs: tuple[RetrainConf
     window = len(history.windows)
     trial = world.trial(window, configs)
     made = estimate_in_detail(SPEC, trial, world.dataset(window), RETRAIN, INFERENCE, history)
-    row = WindowHistory(window=window, trial=trial, estimate=made)
+    row = WindowHistory(window=window, trial=trial, estimate=made, realised=0.7)
     return StreamHistory(stream_id="north", windows=(*history.windows, row))
 
 
@@ -45,7 +45,7 @@ def gains(history: StreamHistory, head: float, full: float) -> StreamHistory:
     return StreamHistory(stream_id="north", windows=(*history.windows[:-1], changed))
 
 
-@pytest.mark.parametrize(("num_train", "expected"), [(5000, 500), (300, 48), (30, 30), (1, 1), (0, 0)])
+@pytest.mark.parametrize(("num_train", "expected"), [(5000, 500), (300, 64), (30, 30), (1, 1), (0, 0)])
 def test_the_sample_is_a_tenth_of_the_data_with_a_floor(num_train: int, expected: int) -> None:
     choice = choose_trials(RETRAIN, INFERENCE, World(0, num_train=num_train).dataset(0), NOTHING, budget_gpu_s=1.0)
     assert round(choice.data_share * num_train) == expected
@@ -82,36 +82,43 @@ def test_later_windows_keep_the_budget(budget: float) -> None:
         assert not choice.postponed
 
 
-def test_a_tight_budget_cuts_epochs_before_groups() -> None:
+def test_a_tight_budget_cuts_samples_then_epochs_then_groups() -> None:
     world = World(1)
     history = gains(with_window(NOTHING, world, (RETRAIN[4], RETRAIN[10])), 0.1, 0.1)
-    roomy = choose_trials(RETRAIN, (), world.dataset(1), history, budget_gpu_s=math.inf)
-    assert roomy.gpu_seconds is not None
-    tight = choose_trials(RETRAIN, (), world.dataset(1), history, budget_gpu_s=0.9 * roomy.gpu_seconds)
-    assert tight.num_epochs < roomy.num_epochs
-    assert keys(tight) == keys(roomy) == {HEAD_KEY, FULL_KEY}
+    dataset = world.dataset(1)
+    choices = [choose_trials(RETRAIN, (), dataset, history, budget_gpu_s=b) for b in (math.inf, 2.3, 1.5, 0.5)]
+    samples = [round(c.data_share * dataset.num_train) for c in choices]
+    assert [(n, c.num_epochs, len(c.retrain)) for n, c in zip(samples, choices, strict=True)] == [
+        (128, 4, 2),
+        (64, 4, 2),
+        (64, 2, 2),
+        (64, 2, 1),
+    ]
 
 
 def test_a_group_far_from_the_front_is_pruned_and_revived_later() -> None:
     world = World(2)
-    history = gains(with_window(NOTHING, world, (RETRAIN[4], RETRAIN[10])), head=0.2, full=0.1)
+    history = with_window(NOTHING, world, (RETRAIN[4], RETRAIN[10]))
+    assert FULL_KEY in keys(
+        choose_trials(RETRAIN, (), world.dataset(1), gains(history, head=0.2, full=0.1), budget_gpu_s=math.inf)
+    )
+    history = gains(with_window(history, world, (RETRAIN[4], RETRAIN[10])), head=0.2, full=0.1)
     chosen = []
-    for window in range(1, 8):
+    for window in range(2, 9):
         choice = choose_trials(RETRAIN, INFERENCE, world.dataset(window), history, budget_gpu_s=math.inf)
         chosen.append(FULL_KEY in keys(choice))
         assert HEAD_KEY in keys(choice)
         if not chosen[-1]:
             assert {c.config_id for c in RETRAIN if group_key(c) == FULL_KEY} == set(choice.pruned)
         history = gains(with_window(history, world, choice.retrain), head=0.2, full=0.1)
-    # The trial of window 0 is four windows old when window 5 is planned.
+    # The trial of window 1 is four windows old when window 6 is planned.
     assert chosen == [False, False, False, False, True, False, False]
 
 
 def test_a_fall_of_live_accuracy_revives_pruned_groups_at_once() -> None:
     world = World(3)
-    history = with_window(NOTHING, world, (RETRAIN[4], RETRAIN[10]))
-    history = gains(with_window(history, world, (RETRAIN[4],)), head=0.2, full=0.1)
-    first, last = history.windows
+    history = with_window(with_window(NOTHING, world, (RETRAIN[4], RETRAIN[10])), world, (RETRAIN[4], RETRAIN[10]))
+    first, last = gains(history, head=0.2, full=0.1).windows
     steady = StreamHistory(
         stream_id="north",
         windows=(msgspec.structs.replace(first, realised=0.7), msgspec.structs.replace(last, realised=0.69)),
