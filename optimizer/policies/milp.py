@@ -38,7 +38,8 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from optimizer.objective import judge, upper_bound_trivial
-from optimizer.policies.options import Job, Option, OptionMaker
+from optimizer.policies.choices import Job, Option
+from optimizer.policies.options import OptionMaker
 from optimizer.policies.packing import Placed, write_plan
 from protocol.errors import PlanError
 from protocol.plan import Plan, Problem, SolveReport, SolveStatus
@@ -69,12 +70,12 @@ class _Solve:
         self.total_weight = sum(stream.weight for stream in problem.streams)
 
     def plan(self) -> Plan:
-        options = [self.maker.options(stream) for stream in self.problem.streams]
+        options = self._options(below_floor=False)
         outcome = self._optimise(options) if all(options) else None
         if outcome is not None:
             placed, bound = outcome
             return self._report(placed, bound, "")
-        options = [self.maker.options(stream, below_floor=True) for stream in self.problem.streams]
+        options = self._options(below_floor=True)
         unserved = [s.stream_id for s, found in zip(self.problem.streams, options, strict=True) if not found]
         if unserved:
             raise PlanError(f"stream {unserved[0]!r} cannot be served: none of its configurations fits on any GPU")
@@ -82,6 +83,14 @@ class _Solve:
         if outcome is None:
             raise PlanError("the solver found no plan: the streams do not fit on the GPUs, or the time was too short")
         return self._report(outcome[0], None, "not every floor can be met at once; fewest violations")
+
+    def _options(self, below_floor: bool) -> list[list[Option]]:
+        options = []
+        for stream in self.problem.streams:
+            if time.monotonic() > self.deadline_s:
+                raise PlanError("the time was too short to look at what every stream may do")
+            options.append(self.maker.options(stream, below_floor))
+        return options
 
     def _report(self, placed: list[Placed], bound: float | None, detail: str) -> Plan:
         report = SolveReport(policy="milp", status="feasible")
@@ -112,7 +121,7 @@ class _Solve:
             return None
         if self.problem.migration_s < self.problem.config_change_s:
             slots_bound = self._bound_with_cheap_moves()
-        if not self.maker.memory_matters:
+        if not self.maker.memory_matters or slots.fits_memory():
             return slots.placed(), slots_bound
         jobs = _JobModel(self, options)
         jobs_bound = jobs.solve(self.deadline_s)
@@ -225,7 +234,23 @@ class _SlotModel(_Model):
             named = self.sum(z for g in gpus for size, z in self.slots.get(g, ()) if size >= t)
             self.add(jobs <= room + named)  # 3
 
+    def fits_memory(self) -> bool:
+        """Whether the solution happens to keep constraint 7, which this model does not have."""
+        resident: dict[int, int] = defaultdict(int)
+        where = self._where()
+        for v, option in enumerate(self.chosen()):
+            for index, job in enumerate(option.jobs):
+                resident[where[v, index]] += job.num_bytes
+        return all(total <= (self.problem.gpus[g].memory_bytes or total) for g, total in resident.items())
+
     def placed(self) -> list[Placed]:
+        """The solution, job by job."""
+        where = self._where()
+        return [
+            _placed(option, [where[v, i] for i in range(len(option.jobs))]) for v, option in enumerate(self.chosen())
+        ]
+
+    def _where(self) -> dict[tuple[int, int], int]:
         """Match free jobs to slots, largest to largest; then give unnamed GPUs to the streams served there."""
         chosen = self.chosen()
         where: dict[tuple[int, int], int] = {}
@@ -244,7 +269,7 @@ class _SlotModel(_Model):
                 if job.place.only_gpu is not None:
                     where[v, index] = job.place.only_gpu
         self._relabel(where)
-        return [_placed(option, [where[v, i] for i in range(len(option.jobs))]) for v, option in enumerate(chosen)]
+        return where
 
     def _slots_of(self, k: int, gpus: tuple[int, ...]) -> list[tuple[int, int]]:
         """(size, GPU) of all slots of class k, largest first."""
