@@ -1,0 +1,198 @@
+"""The time-indexed planner: prices over time give a bound, a search over placed layouts gives the plan.
+
+1. Model (``timeline_model``): options, retraining modes, rows; what nobody needs is left out.
+2. Bound (``timeline_bound``, ``timeline_pricing``): Lagrangian over prices of share and memory in time.
+3. Plan (``timeline_start``, ``timeline_layout``, ``timeline_search``): placed on single GPUs, exact times.
+4. Events (``timeline_plan``): starts name the retrainings that they wait for.
+The mathematics is in docs/timeline.md.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+import numpy as np
+
+from optimizer.objective import judge, stamped
+from optimizer.policies.timeline_bound import Dual, carried_over, opening_prices, solve_dual
+from optimizer.policies.timeline_layout import Layout, Snapshot, Tables
+from optimizer.policies.timeline_model import build_model
+from optimizer.policies.timeline_plan import assignments_of
+from optimizer.policies.timeline_pricing import Pricer
+from optimizer.policies.timeline_search import Search
+from optimizer.policies.timeline_start import overloaded, pack_inference, promising_trainings, queue_retrainings
+from protocol.plan import Assignment, Plan, Problem, SolveReport, SolveStatus
+
+POLICY = "timeline"
+MANY_STREAMS = 150  # beyond, the linear master costs more than it gains
+FEW_STREAMS = 60
+ALL_CUTS, SOME_CUTS = 9, 6
+SUBGRADIENT_STEPS, MASTER_ROUNDS = 60, 40
+STEPS_PER_STREAM = 1000
+HOT = 1e-2  # first temperature of a search, per stream
+PATIENCE = 3  # rounds without improvement after which searching ends
+
+
+def timeline(
+    problem: Problem, budget_s: float, *, target_gap: float = 1e-3, caution: float = 0.0, seed: int = 0
+) -> Plan:
+    """The best placed, time-indexed plan found within ``budget_s`` seconds, with a proven bound.
+
+    Ends early when the gap is at most ``target_gap`` or when searching has stopped to help. ``caution``
+    plans on accuracy_after less that many standard errors. Equal ``seed`` and ample time give equal plans.
+    The bound covers every plan that keeps the floors (every plan that can be carried out, where the
+    floors cannot all be kept), by the judge's measure.
+    """
+    started = time.monotonic()
+    return _Solving(problem, started, budget_s, target_gap, caution, seed).run()
+
+
+def cautious(problem: Problem, caution: float) -> Problem:
+    """``problem`` with every accuracy_after lowered by ``caution`` standard errors (not below 0)."""
+    if caution == 0.0:
+        return problem
+    streams = tuple(
+        msgspec.structs.replace(
+            stream,
+            retrain=tuple(
+                msgspec.structs.replace(
+                    p, accuracy_after=min(1.0, max(0.0, p.accuracy_after - caution * p.accuracy_error))
+                )
+                for p in stream.retrain
+            ),
+        )
+        for stream in problem.streams
+    )
+    return msgspec.structs.replace(problem, streams=streams)
+
+
+class _Solving:
+    def __init__(
+        self, problem: Problem, started: float, budget_s: float, target_gap: float, caution: float, seed: int
+    ) -> None:
+        self.judged, self.problem = problem, cautious(problem, caution)
+        self.started, self.target_gap, self.seed = started, target_gap, seed
+        # The margin pays for turning the layout into a plan and for judging it.
+        margin_s = 0.01 + 0.05 * budget_s + 2e-4 * len(problem.streams)
+        self.deadline = started + max(0.0, budget_s - margin_s)
+        self.given_up: frozenset[int] = frozenset()  # streams without a floor
+        self.bound: float | None = None
+        self.notes: list[str] = []
+
+    # ------------------------------------------------------------ the course of a solve
+
+    def run(self) -> Plan:
+        layout = pack_inference(Tables(build_model(self.problem)))
+        if layout is None:
+            layout = self._below_floors()
+        if layout is None:
+            self.notes.append("the cheapest inference of all streams does not fit on the GPUs")
+            return self._report(overloaded(self.judged), "fallback")
+        half = self.started + 0.4 * (self.deadline - self.started)
+        dual = self._dual(self.problem, self.given_up, half)
+        self.bound = dual.bound
+        if self.judged is not self.problem or self.given_up:
+            # What is proven is about the problem as it is judged, and with floors nobody keeps.
+            everyone = frozenset(range(len(self.judged.streams))) if self.given_up else self.given_up
+            later = half + 0.3 * (self.deadline - half)
+            self.bound = self._dual(self.judged, everyone, later).bound
+        queue_retrainings(layout, dual)
+        best = self._improve(layout, dual)
+        layout.load(best)
+        return self._report(assignments_of(layout), "feasible")
+
+    def _below_floors(self) -> Layout | None:
+        """Keep as many floors as first fit can: they are given up one by one, the dearest first."""
+        dearest = sorted(range(len(self.problem.streams)), key=lambda v: (-self._floor_share(v), v))
+        low, high = 1, len(dearest)
+        found: Layout | None = None
+        while low <= high:
+            middle = (low + high) // 2
+            given_up = frozenset(dearest[:middle])
+            layout = pack_inference(Tables(build_model(self.problem, no_floor=given_up)))
+            if layout is None:
+                low = middle + 1
+            else:
+                found, high, self.given_up = layout, middle - 1, given_up
+        if found is not None:
+            self.notes.append(f"the floors of {len(self.given_up)} streams could not be kept")
+        return found
+
+    def _floor_share(self, v: int) -> float:
+        """The least share (at speed 1) with which stream ``v`` keeps its floor."""
+        stream = self.problem.streams[v]
+        return min(
+            (
+                p.gpu_share_needed
+                for p in stream.inference
+                if stream.accuracy_now * p.relative_accuracy >= stream.min_accuracy
+            ),
+            default=1e9,
+        )
+
+    def _dual(self, problem: Problem, no_floor: frozenset[int], deadline: float) -> Dual:
+        """Prices of plain share and memory first; then, for few streams, of what does not pack as well."""
+        count = len(problem.streams)
+        grid_s = np.linspace(0.0, problem.window_s, problem.num_slots + 1)
+        pricer = Pricer(build_model(problem, no_floor=no_floor), grid_s)
+        dual = solve_dual(pricer, opening_prices(pricer), deadline, SUBGRADIENT_STEPS, 0)
+        if count > MANY_STREAMS or time.monotonic() > deadline:
+            return dual
+        cuts = ALL_CUTS if count <= FEW_STREAMS else SOME_CUTS
+        pricer = Pricer(build_model(problem, no_floor=no_floor, cuts=cuts), grid_s)
+        return solve_dual(pricer, carried_over(dual, pricer), deadline, 0, MASTER_ROUNDS)
+
+    # ------------------------------------------------------------ search
+
+    def _improve(self, layout: Layout, dual: Dual) -> Snapshot:
+        """Anneal again and again, ever longer, until the gap is small, nothing comes of it, or time is up."""
+        best = layout.snapshot()
+        count = layout.t.num_streams
+        seed, idle = self.seed, 0
+        steps = STEPS_PER_STREAM * count
+        hot = HOT / count
+        while idle < PATIENCE and time.monotonic() < self.deadline:
+            search = Search(layout, promising_trainings(layout, dual, dual.bound - best.total + 1e-9), seed)
+            goal = dual.bound * (1.0 - self.target_gap)
+            before = time.monotonic()
+            pilot = search.run(self.deadline, min(steps, 200), 0.0, goal)
+            pace = (time.monotonic() - before) / max(1, pilot)
+            affordable = int((self.deadline - time.monotonic()) / max(pace, 1e-6))
+            if search.best.total < goal and affordable > 0:
+                search.run(self.deadline, min(steps, affordable), hot, goal)
+            idle = 0 if search.best.total > best.total + 1e-9 else idle + 1
+            if search.best.total > best.total:
+                best = search.best
+            if best.total >= goal:
+                break
+            layout.load(best)
+            seed += 1
+            steps = int(1.5 * steps)
+        return best
+
+    # ------------------------------------------------------------ out
+
+    def _gap(self, value: float) -> float | None:
+        if self.bound is None:
+            return None
+        return max(0.0, (self.bound - value) / self.bound) if self.bound > 0.0 else 0.0
+
+    def _report(self, assignments: tuple[Assignment, ...], status: SolveStatus) -> Plan:
+        report = SolveReport(policy=POLICY, status=status)
+        plan = Plan(window_s=self.judged.window_s, assignments=assignments, report=report)
+        plan = stamped(self.judged, plan)
+        value = judge(self.judged, plan).value
+        gap = self._gap(value)
+        if status == "feasible" and gap is not None and gap <= self.target_gap:
+            status = "optimal"
+        report = SolveReport(
+            policy=POLICY,
+            status=status,
+            value=value,
+            bound=self.bound,
+            gap=gap,
+            seconds=time.monotonic() - self.started,
+            detail="; ".join(self.notes),
+        )
+        return msgspec.structs.replace(plan, report=report)

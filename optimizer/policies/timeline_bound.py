@@ -1,0 +1,184 @@
+"""Prices of GPU share over time and the bound they prove: subgradient steps, then a linear master (docs/timeline.md).
+
+Every price vector that is ever tried gives a valid bound; the smallest is kept.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from ortools.linear_solver import pywraplp
+
+from optimizer.policies.timeline_model import Floats, Ints, Model
+from optimizer.policies.timeline_pricing import Priced, Pricer
+
+CONVERGED = 2e-5
+
+
+@dataclass(frozen=True, slots=True)
+class Dual:
+    """Best prices found (rows x cells), the bound they prove, and the schedules that are best at them.
+
+    ``mode`` and ``start_s``: the schedule of every stream that the linear master favours (mode -1 = none).
+    """
+
+    bound: float
+    prices: Floats
+    pricer: Pricer
+    priced: Priced
+    mode: Ints
+    start_s: Floats
+    iterations: int
+
+
+def opening_prices(pricer: Pricer) -> Floats:
+    """A first guess: the window's worth spread over all GPUs, falling towards the window's end."""
+    model = pricer.model
+    worth = float((model.weight * model.accuracy_now).sum())
+    prices = np.zeros((model.num_rows, pricer.num_cells))
+    gpus = sum(len(one.members) for one in model.classes)
+    middle = 0.5 * (pricer.grid_s[1:] + pricer.grid_s[:-1]) / pricer.grid_s[-1]
+    for one in model.classes:
+        prices[share_row(model, one.first_item)] = worth / (gpus * pricer.grid_s[-1]) * 0.6 * (1.0 - middle)
+    return prices
+
+
+def share_row(model: Model, first_item: int) -> int:
+    """The row of the plain share of the class whose items begin at ``first_item``."""
+    return int(np.flatnonzero(model.item_use[:, first_item : first_item + 2].sum(axis=1) > 0.0)[0])
+
+
+def carried_over(dual: Dual, pricer: Pricer) -> Floats:
+    """The prices of ``dual`` for a pricer of the same classes with other size functions or twice the cells."""
+    prices = np.zeros((pricer.model.num_rows, pricer.num_cells))
+    repeat = pricer.num_cells // dual.pricer.num_cells
+    for old, new in zip(dual.pricer.model.classes, pricer.model.classes, strict=True):
+        source = share_row(dual.pricer.model, old.first_item)
+        prices[share_row(pricer.model, new.first_item)] = np.repeat(dual.prices[source], repeat)
+        if new.memory_row >= 0:
+            prices[new.memory_row] = np.repeat(dual.prices[old.memory_row], repeat)
+    return prices
+
+
+def descend(pricer: Pricer, prices: Floats, deadline: float, iterations: int) -> tuple[float, Floats, int]:
+    """Subgradient steps of Polyak's length from ``prices``: (best bound, its prices, iterations made)."""
+    best, best_prices, stalled, length = np.inf, prices, 0, 1.0
+    scale = pricer.model.capacities[:, None]  # rows may be GPUs or bytes
+    direction: Floats | None = None
+    done = 0
+    while done < iterations:
+        done += 1
+        priced = pricer.price(prices)
+        if priced.bound < best - 1e-7:
+            best, best_prices, stalled = priced.bound, prices, 0
+        else:
+            stalled += 1
+            if stalled >= 4:
+                length, stalled = 0.7 * length, 0
+        if time.monotonic() > deadline:
+            break
+        excess = (pricer.total_usage(prices, priced) - pricer.capacity_s) / pricer.length_s / scale
+        direction = excess if direction is None else 0.3 * direction + 0.7 * excess
+        norm = float((direction * direction * pricer.length_s).sum()) + 1e-12
+        step = length * max(priced.bound - best * 0.997, 1e-6) / norm
+        prices = np.maximum(0.0, prices + step * direction / scale)
+    return float(best), best_prices, done
+
+
+class Master:
+    """The linear master over the schedules priced so far: one row per (row, cell), one per stream."""
+
+    def __init__(self, pricer: Pricer) -> None:
+        self.pricer = pricer
+        self.solver = pywraplp.Solver.CreateSolver("GLOP")
+        if self.solver is None:
+            raise RuntimeError("this build of OR-Tools has no GLOP")
+        model, infinity = pricer.model, self.solver.infinity()
+        self.scale = model.capacities
+        self.rows = [
+            [self.solver.Constraint(-infinity, 1.0) for _ in range(pricer.num_cells)] for _ in range(model.num_rows)
+        ]
+        self.streams = [self.solver.Constraint(1.0, 1.0) for _ in range(model.num_streams)]
+        self.objective = self.solver.Objective()
+        self.objective.SetMaximization()
+        for row in self.streams:
+            unserved = self.solver.NumVar(0.0, infinity, "")
+            row.SetCoefficient(unserved, 1.0)
+            self.objective.SetCoefficient(unserved, -1.0)
+        self.columns: list[tuple[int, int, float, pywraplp.Variable]] = []
+        self._seen: set[tuple[int, bytes]] = set()
+
+    def add(self, prices: Floats, priced: Priced) -> int:
+        """Add the priced schedules that are new; returns how many."""
+        value, used = self.pricer.usage(prices, priced)
+        used = used / self.pricer.length_s / self.scale[None, :, None]
+        added = 0
+        for v in range(len(value)):
+            key = (v, np.round(used[v], 5).tobytes())
+            if key in self._seen:
+                continue
+            self._seen.add(key)
+            added += 1
+            column = self.solver.NumVar(0.0, self.solver.infinity(), "")
+            self.streams[v].SetCoefficient(column, 1.0)
+            self.objective.SetCoefficient(column, float(value[v]))
+            for row, cell in zip(*np.nonzero(used[v] > 1e-9), strict=True):
+                self.rows[row][cell].SetCoefficient(column, float(used[v, row, cell]))
+            self.columns.append((v, int(priced.mode[v]), float(priced.start_s[v]), column))
+        return added
+
+    def solve(self, seconds: float) -> tuple[float, Floats] | None:
+        """(value, prices) of the linear master; None where the solver gives no optimum."""
+        self.solver.SetTimeLimit(max(1, int(1000 * seconds)))
+        if self.solver.Solve() != pywraplp.Solver.OPTIMAL:
+            return None
+        dual = np.array([[row.dual_value() for row in line] for line in self.rows])
+        prices = np.maximum(0.0, dual) / self.pricer.length_s / self.scale[:, None]
+        return float(self.objective.Value()), prices
+
+    def favourites(self) -> tuple[Ints, Floats]:
+        """Mode and start of the schedule with the greatest part in the last solution, per stream."""
+        count = self.pricer.model.num_streams
+        mode, start_s = np.full(count, -1, dtype=np.int64), np.zeros(count)
+        most = np.zeros(count)
+        for v, m, s, column in self.columns:
+            part = column.solution_value()
+            if part > most[v]:
+                most[v], mode[v], start_s[v] = part, m, s
+        return mode, start_s
+
+
+def solve_dual(pricer: Pricer, prices: Floats, deadline: float, iterations: int, rounds: int) -> Dual:
+    """Prices and bound from ``prices``: ``iterations`` subgradient steps, then ``rounds`` of the linear master."""
+    bound, best, made = descend(pricer, prices, deadline, iterations)
+    mode: Ints | None = None
+    start_s = np.zeros(pricer.model.num_streams)
+    if rounds and time.monotonic() < deadline:
+        master = Master(pricer)
+        tried = best
+        solved = False
+        for turn in range(rounds):
+            priced = pricer.price(tried)
+            made += 1
+            if priced.bound < bound:
+                bound, best = priced.bound, tried
+            master.add(tried, priced)
+            left_s = deadline - time.monotonic()
+            answer = master.solve(left_s) if left_s > 0.0 else None
+            if answer is None:
+                solved = False
+                break
+            solved = True
+            value, dual = answer
+            if bound - value < CONVERGED * bound:
+                break
+            # Staying near the best prices keeps the master from leaping between far corners.
+            tried = 0.5 * best + 0.5 * dual if turn < 0.7 * rounds else dual
+        if solved:
+            mode, start_s = master.favourites()
+    final = pricer.price(best)
+    if mode is None:
+        mode, start_s = final.mode, final.start_s
+    return Dual(min(bound, final.bound), best, pricer, final, mode, start_s, made)

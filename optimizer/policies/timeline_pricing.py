@@ -1,0 +1,310 @@
+"""Exact pricing of all streams at once, and the Lagrangian bound that comes with it (docs/timeline.md, section 3).
+
+Given a price density pi[row, k] >= 0 (objective per unit of the row and second) on the cells of a time
+grid, the best schedule of every stream is found exactly over *continuous* start times: with prefix sums
+of prices, a schedule's worth is piecewise linear in its start, with kinks only where its start or its
+end meets a grid point.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from optimizer.objective import ACCURACY_TOLERANCE
+from optimizer.policies.timeline_model import Bools, Floats, Ints, Model
+
+NEVER = -1e9
+
+
+@dataclass(frozen=True, slots=True)
+class Priced:
+    """The best schedule of every stream at given prices. ``mode`` is -1 for "no retraining"; times in seconds.
+
+    ``worth``: value less price. ``bound``: Lagrangian bound at these prices.
+    """
+
+    worth: Floats  # V
+    mode: Ints  # V
+    start_s: Floats  # V
+    end_s: Floats  # V
+    bound: float
+
+
+class Pricer:
+    """Prices the schedules of one model on one time grid. ``modes`` restricts it to some modes (then no bound)."""
+
+    def __init__(self, model: Model, grid_s: Floats) -> None:
+        self.model, self.grid_s = model, grid_s
+        self.length_s = np.diff(grid_s)
+        self.num_cells = len(self.length_s)
+        self.capacity_s = model.capacities[:, None] * self.length_s[None, :]
+        window_s = model.problem.window_s
+        self._rate_now = (model.weight * model.accuracy_now)[:, None] * model.option_q / window_s  # V x L
+        case_v = model.case_stream
+        self._rate_case = (model.weight[case_v] * model.case_accuracy)[:, None] * model.option_q[case_v] / window_s
+        first_items = np.array([one.first_item for one in model.classes], dtype=np.int64)
+        memory_rows = np.array([one.memory_row for one in model.classes], dtype=np.int64)
+        option_class = np.maximum(model.option_class, 0)
+        self._option_item = first_items[option_class] + model.option_quanta
+        self._mode_item = first_items[model.mode_class] + model.mode_quanta
+        self.with_memory = bool((memory_rows >= 0).any())
+        self._memory_row = memory_rows[option_class]
+        self._usable_before: Bools = model.serves
+        reached = model.case_accuracy[:, None] * model.option_q[case_v]
+        self._usable_after: Bools = (model.option_class[case_v] >= 0) & (
+            reached >= model.floor[case_v][:, None] - ACCURACY_TOLERANCE
+        )
+        self.swap_per_case = self.with_memory and bool((model.case_swap_bytes > 0).any())
+        self._prepare_modes(memory_rows)
+
+    def _prepare_modes(self, memory_rows: Ints) -> None:
+        """Grid positions of the starts and ends that can be best; they do not depend on the prices."""
+        model, grid_s = self.model, self.grid_s
+        window_s = model.problem.window_s
+        seconds = model.mode_seconds[:, None]
+        pinned = model.mode_pinned[:, None] >= 0
+        cells = self.num_cells
+        # Family 1: the start is a grid point. Family 2: the end is.
+        end_s = grid_s[None, :-1] + seconds
+        start_s = grid_s[None, 1:] - seconds
+        self._end_ok = (end_s <= window_s) & (~pinned | (np.arange(cells) == 0)[None, :])
+        self._start_ok = (start_s >= 0.0) & ~pinned
+        self._end_cell, self._end_part = self._locate(end_s)
+        self._start_cell, self._start_part = self._locate(start_s)
+        self._mem_row = memory_rows[model.mode_class] if len(memory_rows) else model.mode_class
+        self._mode_bytes = model.case_bytes[model.mode_case]
+        self._mode_stream = model.case_stream[model.mode_case]
+        count = model.num_streams
+        self._first_mode = np.searchsorted(self._mode_stream, np.arange(count))
+        self._last_mode = np.searchsorted(self._mode_stream, np.arange(count), side="right")
+
+    def _locate(self, time_s: Floats) -> tuple[Ints, Floats]:
+        """Cell of each time and the part of the cell that lies before it."""
+        time_s = np.clip(time_s, 0.0, self.grid_s[-1])
+        cell = np.clip(np.searchsorted(self.grid_s, time_s, side="right") - 1, 0, self.num_cells - 1)
+        return cell, (time_s - self.grid_s[cell]) / self.length_s[cell]
+
+    # ------------------------------------------------------------ inference
+
+    def option_prices(self, prices: Floats) -> Floats:
+        """Price per second of every option in every cell; shape (V, L, K)."""
+        model = self.model
+        cost = (model.item_use.T @ prices)[self._option_item]
+        if self.with_memory:
+            held = np.where(self._memory_row >= 0, model.option_bytes, 0.0)
+            cost += held[:, :, None] * prices[self._memory_row]
+        return cost
+
+    def _swap_price(self, prices: Floats) -> Floats:
+        """Price per second and byte of swap room beside every option; shape (V, L, K)."""
+        return np.where((self._memory_row >= 0)[:, :, None], prices[self._memory_row], 0.0)
+
+    def rates(self, prices: Floats) -> tuple[Floats, Floats]:
+        """Worth per second of each option before (V or J x L x K) and after the swap (J x L x K)."""
+        cost = self.option_prices(prices)
+        before = np.where(self._usable_before[:, :, None], self._rate_now[:, :, None] - cost, NEVER)
+        case_v = self.model.case_stream
+        if self.swap_per_case:
+            swap = self.model.case_swap_bytes[:, None, None] * self._swap_price(prices)[case_v]
+            before = before[case_v] - swap
+        after = np.where(self._usable_after[:, :, None], self._rate_case[:, :, None] - cost[case_v], NEVER)
+        return before, after
+
+    def swap_values(self, prices: Floats) -> Floats:
+        """Best worth of a stream's inference if case j swaps at grid point k; shape (J, K + 1).
+
+        In between, the best worth is convex in the swap's time, so that interpolating is never too low.
+        """
+        model = self.model
+        case_v = model.case_stream
+        before, after = self.rates(prices)
+        if model.problem.config_change_s > 0.0 or model.problem.migration_s > 0.0:
+            return self._swap_values_with_changes(before, after)
+        first = np.cumsum(before.max(axis=1) * self.length_s, axis=1)
+        last = np.cumsum((after.max(axis=1) * self.length_s)[:, ::-1], axis=1)[:, ::-1]
+        value = np.zeros((len(case_v), self.num_cells + 1))
+        value[:, 1:] = first if self.swap_per_case else first[case_v]
+        value[:, :-1] += last
+        return value
+
+    def _swap_values_with_changes(self, before: Floats, after: Floats) -> Floats:
+        """The same with a price per change, by dynamic programming over the cells.
+
+        An extra option, worth nothing at no price, stands for the seconds without service; leaving it
+        costs a change. This makes the result an upper bound also where changes follow one another fast.
+        """
+        model = self.model
+        case_v, cells = model.case_stream, self.num_cells
+        change_s = model.change_s
+        lost_now = self._rate_now * change_s
+        lost_case = self._rate_case * change_s
+        start = self._rate_now * model.start_cost_s
+        blank_now = np.zeros((len(before), 1))
+        if self.swap_per_case:
+            lost_now, start = lost_now[case_v], start[case_v]
+        forward = [np.concatenate((-start, blank_now), axis=1)]
+        lost_before = np.concatenate((lost_now, blank_now), axis=1)
+        for k in range(cells):
+            gained = np.concatenate((before[:, :, k], blank_now), axis=1) * self.length_s[k]
+            state = forward[-1]
+            state = np.maximum(state, state.max(axis=1, keepdims=True) - lost_before)
+            forward.append(state + gained)
+        blank_case = np.zeros((len(case_v), 1))
+        lost_after = np.concatenate((lost_case, blank_case), axis=1)
+        backward = np.zeros_like(lost_after)
+        value = np.empty((len(case_v), cells + 1))
+        for k in range(cells, -1, -1):
+            ahead = np.maximum(backward, (backward - lost_after).max(axis=1, keepdims=True))
+            state = forward[k] if self.swap_per_case else forward[k][case_v]
+            value[:, k] = (state + ahead).max(axis=1)
+            if k:
+                gained = np.concatenate((after[:, :, k - 1], blank_case), axis=1) * self.length_s[k - 1]
+                backward = ahead + gained
+        return value
+
+    # ------------------------------------------------------------ schedules
+
+    def price(self, prices: Floats) -> Priced:
+        """The best schedule of every stream and the bound."""
+        model = self.model
+        worth_none, worth, start_s, end_s = self._mode_worths(prices)
+        count = model.num_streams
+        best, chosen = worth_none.copy(), np.full(count, -1, dtype=np.int64)
+        starts, ends = np.zeros(count), np.zeros(count)
+        if len(worth):
+            peak = np.full(count, -np.inf)
+            has = self._first_mode < self._last_mode
+            peak[has] = np.maximum.reduceat(worth, self._first_mode[has])
+            hit = np.flatnonzero(worth >= peak[self._mode_stream])
+            arg = np.zeros(count, dtype=np.int64)
+            arg[self._mode_stream[hit[::-1]]] = hit[::-1]
+            better = has & (peak > best)
+            chosen[better] = arg[better]
+            best[better] = peak[better]
+            starts[better], ends[better] = start_s[arg[better]], end_s[arg[better]]
+        bound = float(best.sum() + (prices * self.capacity_s).sum())
+        return Priced(best, chosen, starts, ends, bound)
+
+    def reduced_costs(self, prices: Floats, priced: Priced) -> Floats:
+        """What every case loses, at its best start and share, against its stream's best schedule; shape (J)."""
+        model = self.model
+        worth_none, worth, _, _ = self._mode_worths(prices)
+        best = np.full(len(model.case_stream), -np.inf)
+        best[model.case_gamma < 0] = worth_none
+        np.maximum.at(best, model.mode_case, worth)
+        return np.asarray(priced.worth[model.case_stream] - best)
+
+    def _mode_worths(self, prices: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+        """Worth of "none" per stream; worth, start and end of every mode at its best start."""
+        model = self.model
+        value = self.swap_values(prices)
+        none = np.flatnonzero(model.case_gamma < 0)
+        worth_none = value[none, 0] if not self._changes else value[none].max(axis=1)
+        if not len(model.mode_case):
+            empty = np.zeros(0)
+            return worth_none, empty, empty, empty
+        item_prices = model.item_use.T @ prices
+        paid = np.zeros((len(item_prices) + model.num_rows, self.num_cells + 1))
+        np.cumsum(np.concatenate((item_prices, prices)) * self.length_s, axis=1, out=paid[:, 1:])
+        slope = np.diff(value, axis=1)
+        flat_value, flat_slope = value.ravel(), slope.ravel()
+        base = model.mode_case[:, None]
+        at_end = base * (self.num_cells + 1) + self._end_cell
+        ends = flat_value[at_end] + self._end_part * flat_slope[base * self.num_cells + self._end_cell]
+        by_start = ends - self._rent(paid, self._end_cell, self._end_part, None)
+        by_start = np.where(self._end_ok, by_start, NEVER)
+        by_end = value[model.mode_case, 1:] - self._rent(paid, None, None, (self._start_cell, self._start_part))
+        by_end = np.where(self._start_ok, by_end, NEVER)
+        i, j = by_start.argmax(axis=1), by_end.argmax(axis=1)
+        rows = np.arange(len(i))
+        a, b = by_start[rows, i], by_end[rows, j]
+        starting = a >= b
+        start_s = np.where(starting, self.grid_s[i], self.grid_s[j + 1] - model.mode_seconds)
+        return worth_none, np.where(starting, a, b), start_s, start_s + model.mode_seconds
+
+    @property
+    def _changes(self) -> bool:
+        return self.model.problem.config_change_s > 0.0 or self.model.problem.migration_s > 0.0
+
+    def _rent(
+        self, paid: Floats, end_cell: Ints | None, end_part: Floats | None, start: tuple[Ints, Floats] | None
+    ) -> Floats:
+        """What a mode pays from start to end, in every candidate position; shape (M, K)."""
+        model = self.model
+        total = self._span(paid, self._mode_item, end_cell, end_part, start)
+        if self.with_memory:
+            held = np.where(self._mem_row >= 0, self._mode_bytes, 0.0)
+            total += held[:, None] * self._span(
+                paid, self._mem_row + model.item_use.shape[1], end_cell, end_part, start
+            )
+        return total
+
+    def _span(
+        self,
+        paid: Floats,
+        row: Ints,
+        end_cell: Ints | None,
+        end_part: Floats | None,
+        start: tuple[Ints, Floats] | None,
+    ) -> Floats:
+        slope = np.diff(paid, axis=1)
+        index = row[:, None]
+        if end_cell is not None and end_part is not None:
+            return paid[index, end_cell] + end_part * slope[index, end_cell] - paid[row, :-1]
+        assert start is not None
+        cell, part = start
+        return paid[row, 1:] - (paid[index, cell] + part * slope[index, cell])
+
+    # ------------------------------------------------------------ what schedules use
+
+    def overlap_s(self, start_s: Floats, end_s: Floats) -> Floats:
+        """Seconds of each interval in each cell; shape (n, K)."""
+        lo, hi = self.grid_s[None, :-1], self.grid_s[None, 1:]
+        return np.clip(np.minimum(end_s[:, None], hi) - np.maximum(start_s[:, None], lo), 0.0, None)
+
+    def total_usage(self, prices: Floats, priced: Priced) -> Floats:
+        """Row-seconds that all priced schedules use together; shape (rows, K)."""
+        return self.usage(prices, priced)[1].sum(axis=0)
+
+    def usage(self, prices: Floats, priced: Priced) -> tuple[Floats, Floats]:
+        """(value, row-seconds used) of the priced schedules: shapes (V) and (V, rows, K).
+
+        Inference follows the best option of each cell at these prices; changes are not charged here.
+        """
+        model = self.model
+        chosen_v = np.arange(model.num_streams)
+        mode = priced.mode[chosen_v]
+        none = np.flatnonzero(model.case_gamma < 0)
+        case = np.where(mode >= 0, model.mode_case[mode] if len(model.mode_case) else 0, none[chosen_v])
+        before, after = self.rates(prices)
+        first = before[case if self.swap_per_case else chosen_v].argmax(axis=1)
+        second = after[case].argmax(axis=1)
+        swap_s = np.where(mode >= 0, priced.end_s[chosen_v], model.problem.window_s)
+        before_s = self.overlap_s(np.zeros(len(chosen_v)), swap_s)
+        after_s = self.length_s[None, :] - before_s
+        used = np.zeros((len(chosen_v), model.num_rows, self.num_cells))
+        n, k = np.indices((len(chosen_v), self.num_cells))
+        v = chosen_v[:, None]
+        value = np.zeros(len(chosen_v))
+        for option, seconds, rate, swap in (
+            (first, before_s, self._rate_now[v, first], model.case_swap_bytes[case]),
+            (second, after_s, self._rate_case[case[:, None], second], np.zeros(len(case))),
+        ):
+            value += (rate * seconds).sum(axis=1)
+            used += np.moveaxis(model.item_use[:, self._option_item[v, option]] * seconds, 0, 1)
+            if self.with_memory:
+                row = self._memory_row[v, option]
+                held = np.where(row >= 0, model.option_bytes[v, option] + swap[:, None], 0.0)
+                np.add.at(used, (n, row, k), held * seconds)
+        retrains = np.flatnonzero(mode >= 0)
+        if len(retrains):
+            m = mode[retrains]
+            chosen = chosen_v[retrains]
+            seconds = self.overlap_s(priced.start_s[chosen], priced.end_s[chosen])
+            used[retrains] += model.item_use[:, self._mode_item[m]].T[:, :, None] * seconds[:, None, :]
+            if self.with_memory:
+                row = self._mem_row[m]
+                used[retrains, row] += np.where(row >= 0, self._mode_bytes[m], 0.0)[:, None] * seconds
+        return value, used

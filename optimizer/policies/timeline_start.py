@@ -1,0 +1,152 @@
+"""First layouts: inference packed onto GPUs, retrainings queued in the order of the priced schedules."""
+
+from __future__ import annotations
+
+from optimizer.execution import capacity_quanta, needed_quanta, quanta_per_gpu, share_of
+from optimizer.policies.timeline_bound import Dual
+from optimizer.policies.timeline_layout import Layout, Queued, Tables
+from protocol.plan import Assignment, InferenceStep, Problem
+
+
+def pack_inference(tables: Tables) -> Layout | None:
+    """Every stream served with its cheapest allowed option; None where first fit finds no room."""
+    for order in _orders(tables):
+        layout = _first_fit(tables, order)
+        if layout is not None:
+            return layout
+    return None
+
+
+def _smallest(tables: Tables, v: int, c: int) -> int:
+    """Index of the allowed option of ``v`` on class ``c`` that takes least, -1 = none."""
+    best, least = -1, (1 << 60, 0)
+    for index, choice in enumerate(tables.choices[v][c]):
+        size = (choice.quanta, choice.num_bytes)
+        if choice.allowed and size < least:
+            best, least = index, size
+    return best
+
+
+def _lightest(tables: Tables, v: int, c: int) -> int:
+    """The same, but looking at memory first."""
+    best, least = -1, (1 << 60, 0)
+    for index, choice in enumerate(tables.choices[v][c]):
+        size = (choice.num_bytes, choice.quanta)
+        if choice.allowed and size < least:
+            best, least = index, size
+    return best
+
+
+def _orders(tables: Tables) -> list[list[int]]:
+    count = tables.num_streams
+    sizes: list[tuple[int, int]] = []
+    for v in range(count):
+        fitting = [(_smallest(tables, v, c), c) for c in range(len(tables.rates))]
+        found = [tables.choices[v][c][i] for i, c in fitting if i >= 0]
+        sizes.append((min((f.quanta for f in found), default=0), min((f.num_bytes for f in found), default=0)))
+    orders = [sorted(range(count), key=lambda v: (-sizes[v][0], -sizes[v][1], v))]
+    if tables.with_memory:
+        orders.append(sorted(range(count), key=lambda v: (-sizes[v][1], -sizes[v][0], v)))
+    return orders
+
+
+def _first_fit(tables: Tables, order: list[int]) -> Layout | None:
+    layout = Layout(tables)
+    free = list(tables.capacity)
+    room = list(tables.memory)
+    at_home = tables.with_changes
+    for v in order:
+        spots: list[tuple[bool, int, float, int, int]] = []
+        for g in range(tables.num_gpus):
+            c = tables.class_of[g]
+            indices = {_smallest(tables, v, c)}
+            if tables.with_memory:
+                indices.add(_lightest(tables, v, c))
+            for index in indices:
+                if index < 0:
+                    continue
+                choice = tables.choices[v][c][index]
+                if choice.quanta <= free[g] and choice.num_bytes <= room[g]:
+                    away = at_home and tables.serving[v] is not None and tables.serving[v] != g
+                    left = room[g] - choice.num_bytes if tables.with_memory else 0.0
+                    spots.append((away, free[g] - choice.quanta, left, g, index))
+        if not spots:
+            return None
+        _, _, _, g, index = min(spots)
+        choice = tables.choices[v][tables.class_of[g]][index]
+        free[g] -= choice.quanta
+        room[g] -= choice.num_bytes
+        layout.host[v], layout.base[v] = g, index
+        layout.residents[g].append(v)
+    return layout if layout.settle(set(range(tables.num_gpus))) is not None else None
+
+
+def overloaded(problem: Problem) -> tuple[Assignment, ...]:
+    """Every stream served as cheaply as can be, for problems in which that does not fit: breaks what it must."""
+    quantum = problem.share_quantum
+    load = [0.0] * len(problem.gpus)
+    assignments: list[Assignment] = []
+    for stream in problem.streams:
+        spots = []
+        for g, gpu in enumerate(problem.gpus):
+            capacity = capacity_quanta(gpu, quantum)
+            for index, profile in enumerate(stream.inference):
+                need = needed_quanta(profile, gpu, quantum)
+                spots.append((need > capacity, load[g] + need / max(1, capacity), g, index, need))
+        _, after, g, index, need = min(spots)
+        load[g] = after
+        share = share_of(min(need, quanta_per_gpu(quantum)), quantum)
+        step = InferenceStep(
+            inference_id=stream.inference[index].inference_id, gpu_id=problem.gpus[g].gpu_id, share=share
+        )
+        assignments.append(Assignment(stream_id=stream.stream_id, inference=(step,)))
+    return tuple(assignments)
+
+
+def queue_retrainings(layout: Layout, dual: Dual) -> None:
+    """Queue the schedules that the dual favours, in order of their starts, where each would end first."""
+    tables, model = layout.t, dual.pricer.model
+    by_case = [{training.case: i for i, training in enumerate(per)} for per in tables.trainings]
+    wanted = sorted((float(dual.start_s[v]), v) for v in range(tables.num_streams) if dual.mode[v] >= 0)
+    ends = [0.0] * tables.num_gpus
+    left = list(tables.capacity)
+    for g in range(tables.num_gpus):
+        for v in layout.residents[g]:
+            left[g] -= tables.choices[v][tables.class_of[g]][layout.base[v]].quanta
+    for _, v in wanted:
+        index = by_case[v].get(int(model.mode_case[dual.mode[v]]), -1)
+        if index < 0:
+            continue
+        training = tables.trainings[v][index]
+        spots = []
+        for g in range(tables.num_gpus):
+            if left[g] > 0 and training.pinned in (-1, g) and (training.pinned < 0 or ends[g] == 0.0):
+                rate = tables.rates[tables.class_of[g]][left[g]]
+                spots.append((ends[g] + training.gpu_seconds / rate, g))
+        if not spots or min(spots)[0] >= tables.window_s:
+            continue
+        end_s, g = min(spots)
+        layout.queue[g].append(Queued(v, index, 0))
+        layout.where[v], layout.training[v] = g, index
+        gpus = {g, layout.host[v]} if tables.with_memory else {g}
+        if layout.settle(gpus) is None:
+            layout.queue[g].pop()
+            layout.where[v], layout.training[v] = -1, -1
+            if layout.settle(gpus) is None:
+                raise RuntimeError("taking a retraining back left an infeasible layout")
+        else:
+            ends[g] = end_s
+
+
+def promising_trainings(layout: Layout, dual: Dual, slack: float) -> list[list[int]]:
+    """Per stream the retrainings, best first, whose reduced cost is within ``slack`` of the stream's best schedule.
+
+    What costs more than bound less incumbent cannot be part of any better plan (docs/timeline.md, section 4).
+    """
+    tables = layout.t
+    reduced = dual.pricer.reduced_costs(dual.prices, dual.priced)
+    found: list[list[int]] = []
+    for v in range(tables.num_streams):
+        ranked = sorted((float(reduced[training.case]), i) for i, training in enumerate(tables.trainings[v]))
+        found.append([i for cost, i in ranked if cost <= slack])
+    return found
