@@ -71,9 +71,9 @@ class Light(NamedTuple):
     snow: float
 
 
-_AMBIENT: dict[str, Colour] = {"day": (1.0, 1.0, 1.0), "dusk": (0.62, 0.47, 0.44), "night": (0.38, 0.38, 0.46)}
+_AMBIENT: dict[str, Colour] = {"day": (1.0, 1.0, 1.0), "dusk": (0.62, 0.47, 0.44), "night": (0.42, 0.42, 0.50)}
 _LAMPS = {"day": 0.0, "dusk": 0.55, "night": 1.0}
-_NOISE = {"day": 2.5, "dusk": 5.0, "night": 8.0}
+_NOISE = {"day": 2.5, "dusk": 5.0, "night": 7.0}
 
 
 @lru_cache(maxsize=64)
