@@ -18,9 +18,10 @@ from optimizer.objective import Verdict, judge, stamped
 from optimizer.policies import baselines
 from optimizer.policies.registry import PolicyEntry, get_policy, policy_entry
 from optimizer.policies.thief import thief
+from optimizer.problems import check_problem
 from optimizer.solver_child import Answer
 from optimizer.solver_process import ChildLostError, SolverProcess, child_command
-from protocol.errors import PlanError
+from protocol.errors import InputError, PlanError, ProtocolError
 from protocol.plan import Plan, Problem, SolveReport, SolveStatus
 
 INCUMBENT_BUDGET_S = 0.05
@@ -106,9 +107,7 @@ class Planner:
             return None
         if not self._entry.solver:
             return self._decide(question, None)
-        if self._child is not None and not question.asked:
-            self._ask(question)
-        if self._child is None:
+        if self._child is None or not question.asked:
             return self._decide(question, None)
         try:
             answer = self._child.listen()
@@ -177,6 +176,11 @@ class Planner:
             self._replace_child()
         question = _Question(problem, now, now + budget_s, [], [])
         self._question = question
+        try:
+            check_problem(problem)
+        except InputError as error:
+            question.notes.append(str(error))
+            return
         self._ensure_child()
         self._ask(question)
         question.incumbents = self._incumbents(question, last_plan)
@@ -189,6 +193,8 @@ class Planner:
         try:
             self._child.ask(question.problem, question.deadline_s - self._clock() - ANSWER_MARGIN_S)
             question.asked = True
+        except ProtocolError as error:
+            question.notes.append(f"{self.policy_name}: the problem cannot be sent to it ({error})")
         except ChildLostError as error:
             question.notes.append(f"{self.policy_name}: the solver process {error}")
             self._lose_child()
@@ -212,12 +218,12 @@ class Planner:
     def _attempt(self, question: _Question, method: str, make: Callable[[], Plan]) -> list[Candidate]:
         try:
             plan = make()
+            return [Candidate(method, plan, judge(question.problem, plan))]
         except Exception as error:
             # A fault in one method must not cost the plans of the others.
             reason = str(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {error}"
             question.notes.append(f"{method}: {reason}")
             return []
-        return [Candidate(method, plan, judge(question.problem, plan))]
 
     def _decide(self, question: _Question, answer: Answer | None) -> Plan:
         """Choose by the judge, write the report, and be ready for the next question."""

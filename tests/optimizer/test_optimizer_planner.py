@@ -209,6 +209,16 @@ def test_floors_that_cannot_all_be_met_still_give_a_plan(warm: Planner) -> None:
     assert plan.report.bound is None
 
 
+def test_a_problem_full_of_nonsense_is_an_error_and_the_planner_goes_on(warm: Planner) -> None:
+    nan = msgspec.structs.replace(PROBLEM.streams[0], accuracy_now=float("nan"))
+    infinite = msgspec.structs.replace(PROBLEM.streams[0].inference[0], gpu_share_needed=float("inf"))
+    unservable = msgspec.structs.replace(PROBLEM.streams[0], inference=(infinite,))
+    for stream in (nan, unservable):
+        with pytest.raises(PlanError):
+            warm.solve(msgspec.structs.replace(PROBLEM, streams=(stream, *PROBLEM.streams[1:])))
+    assert ask(warm).report.policy == "milp"
+
+
 def test_an_unknown_policy_is_an_input_error() -> None:
     with pytest.raises(InputError, match="there are milp, "):
         Planner("best", 1.0)
