@@ -20,7 +20,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch, Rectangle
 
 from optimizer.report_data import Comparison, Report
-from optimizer.report_series import AccuracyPoint, Block, accuracy_series, condition_marks, share_blocks
+from optimizer.report_series import AccuracyPoint, Block, accuracy_series, condition_marks, share_blocks, with_gaps
 from protocol.events import TelemetryEvent
 
 # Distinguishable on light and dark ground, and by people who see no red and green (after Okabe and Ito).
@@ -84,7 +84,7 @@ def accuracy_figure(report: Report, events: Sequence[TelemetryEvent]) -> str:
             )
         panels[-1].set_xlabel("site time in s")
         handles = [
-            Line2D([], [], color=INK, lw=1.8, label="live accuracy (5 s mean)"),
+            Line2D([], [], color=INK, lw=1.8, label="live accuracy (running mean)"),
             Line2D([], [], color=INK, lw=1.2, ls=(0, (4, 2)), label="predicted window average"),
             Line2D([], [], color=INK, lw=0, marker="^", ms=7, label="retrained model swapped in"),
             Line2D([], [], color=INK, lw=1.0, ls=":", label="drift"),
@@ -95,9 +95,10 @@ def accuracy_figure(report: Report, events: Sequence[TelemetryEvent]) -> str:
 
 def _accuracy_panel(axes: Axes, report: Report, stream: str, points: Sequence[AccuracyPoint], colour: str) -> None:
     axes.grid(axis="y")
-    times = [point.site_s for point in points]
-    axes.plot(times, [point.accuracy for point in points], color=colour, lw=0.7, alpha=0.35)
-    axes.plot(times, [point.smooth for point in points], color=colour, lw=1.9, solid_capstyle="round")
+    shown = with_gaps(points)
+    times = [point.site_s for point in shown]
+    axes.plot(times, [point.accuracy for point in shown], color=colour, lw=0.7, alpha=0.35)
+    axes.plot(times, [point.smooth for point in shown], color=colour, lw=1.9, solid_capstyle="round")
     ends = [w.closes_s if w.closes_s is not None else w.opens_s + report.window_s for w in report.windows]
     for window, end in zip(report.windows, ends, strict=True):
         axes.axvline(window.opens_s, color=FAINT, lw=1.2)

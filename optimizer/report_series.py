@@ -25,6 +25,21 @@ class AccuracyPoint(Record, frozen=True, kw_only=True):
     smooth: float
 
 
+def with_gaps(points: Sequence[AccuracyPoint]) -> tuple[AccuracyPoint, ...]:
+    """The points with a point of no accuracy (NaN) in every hole, so that no line is drawn across it."""
+    if len(points) < 3:
+        return tuple(points)
+    steps = sorted(b.site_s - a.site_s for a, b in itertools.pairwise(points))
+    longest = max(MISSED_REPORTS * steps[len(steps) // 2], 3.0)
+    nothing = float("nan")
+    shown = [points[0]]
+    for before, point in itertools.pairwise(points):
+        if point.site_s - before.site_s > longest:
+            shown.append(AccuracyPoint(site_s=before.site_s, accuracy=nothing, smooth=nothing))
+        shown.append(point)
+    return tuple(shown)
+
+
 class Mark(Record, frozen=True, kw_only=True):
     site_s: float
     text: str
@@ -100,14 +115,18 @@ def share_blocks(events: Sequence[TelemetryEvent]) -> tuple[Block, ...]:
         for e in events
         if isinstance(e, WorkerChanged) and e.change in ("finished", "stopped", "failed")
     ]
-    shares = sorted((e for e in events if isinstance(e, JobShare)), key=lambda e: e.site_s)
+    # Before the site's clock runs, all reports carry time 0: first models are trained then, outside of any window.
+    shares = sorted((e for e in events if isinstance(e, JobShare) and e.site_s > 0.0), key=lambda e: e.site_s)
+    started = {e.job_id: e.site_s for e in events if isinstance(e, WorkerChanged) and e.change == "started"}
     interval = _interval(shares)
     for e in shares:
         key = (e.gpu_id, e.job_id)
         about[key] = e
         found = spans.setdefault(key, [])
         # A report tells of the interval before it.
-        start = e.site_s - interval
+        start = max(e.site_s - interval, 0.0)
+        if not found and start < started.get(e.job_id, 0.0) < e.site_s:
+            start = started[e.job_id]
         if found and start - found[-1][1] < MISSED_REPORTS * interval:
             start = found[-1][1]
         if found and found[-1][1] == start and found[-1][2] == e.share_granted:

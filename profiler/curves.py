@@ -35,7 +35,7 @@ REPEATS_WORTH = 15.0
 NUM_SCALES = 8
 MIN_EFFORT = 1e-6
 # Prior on where a curve ends: this part of the best point's error is still removed, give or take.
-REMAINING_GAIN = 0.3
+REMAINING_GAIN = 0.35
 CEILING_ERROR = 0.15
 # A validation accuracy is never known better than this, whatever the residuals say.
 MIN_ERROR = 0.005
@@ -106,6 +106,11 @@ def flat_curve(accuracy: float, noise: float = DEFAULT_NOISE) -> LearningCurve:
     return LearningCurve(components=(component,), noise=noise, last_effort=0.0, num_points=1)
 
 
+def likely_ceiling(best: float) -> float:
+    """Accuracy that endless training is expected to reach from ``best``, when nothing else is known."""
+    return best + REMAINING_GAIN * (1.0 - best)
+
+
 def fit_curve(
     efforts: Sequence[float],
     accuracies: Sequence[float],
@@ -132,7 +137,7 @@ def fit_curve(
         return flat_curve(float(np.mean(y)), max(binomial, DEFAULT_NOISE))
 
     best = float(y.max())
-    end = min(max(ceiling if ceiling is not None else best + REMAINING_GAIN * (1.0 - best), 0.0), 1.0)
+    end = min(max(ceiling if ceiling is not None else likely_ceiling(best), 0.0), 1.0)
     # Late points say more about where the curve goes than the first ones.
     weight = 0.5 + 0.5 * x / float(x.max())
     first = max(float(x[x > 0.0].min()), 1e-3 * float(x.max()))

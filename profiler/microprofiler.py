@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 from profiler.corrections import accuracy_correction, cost_ratio, from_logit, live_correction, logit, reached_best
 from profiler.costs import CostModel, GroupKey, cost_model, diverged, group_key, key_distance, neighbour_cost
-from profiler.curves import MIN_ERROR, LearningCurve, effective_effort, fit_curve
+from profiler.curves import MIN_ERROR, LearningCurve, effective_effort, fit_curve, likely_ceiling
 from profiler.priors import ERROR_PER_HALF_WIDTH, AccuracyPrior
 from profiler.quality import measure_inference
 from profiler.records import ConfigEstimate, Estimate, EstimateSource, StreamHistory
@@ -249,8 +249,10 @@ def _fit(trials: Sequence[RetrainTrial], num_validation: int, reached: float | N
     if not points:
         return None
     efforts, accuracies = zip(*points, strict=True)
-    # Where the curve may end: as far as this student got before, but never below what the trial itself reached.
-    ceiling = None if reached is None else max(reached, *accuracies)
+    # Where the curve may end: as far as this student got before, but never below what the trial itself reached. A
+    # trial that begins with a dip is expected to come back above the serving model, which it started from.
+    start = max(epoch.accuracy for trial in trials for epoch in trial.epochs)
+    ceiling = likely_ceiling(start) if reached is None else max(reached, *accuracies)
     return fit_curve(efforts, accuracies, ceiling=ceiling, num_validation=num_validation)
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
@@ -24,7 +26,7 @@ from optimizer.report import (
     write_report,
 )
 from optimizer.report_data import Comparison, Report
-from optimizer.report_series import accuracy_series, condition_marks, share_blocks
+from optimizer.report_series import accuracy_series, condition_marks, share_blocks, with_gaps
 from protocol.errors import InputError
 from protocol.events import (
     JobShare,
@@ -260,6 +262,35 @@ def test_a_job_that_stops_reporting_leaves_a_hole_and_a_finished_one_ends_on_tim
         ended,
     ]
     assert [(b.from_s, b.to_s) for b in share_blocks(events)] == [(0.0, 10.0), (20.0, 31.4)]
+
+
+def test_reports_from_before_the_clock_runs_are_no_blocks_and_a_job_begins_when_its_worker_started() -> None:
+    def share(site_s: float, job_id: str) -> JobShare:
+        return JobShare(
+            site_s=site_s,
+            job_id=job_id,
+            kind="retrain",
+            stream_id="market",
+            gpu_id="g",
+            share_granted=1.0,
+            share_achieved=None,
+            backend="pacing",
+        )
+
+    started = WorkerChanged(
+        site_s=4.7, job_id="b", stream_id="market", gpu_id="g", kind="retrain", change="started", reason=""
+    )
+    events: list[TelemetryEvent] = [share(0.0, "a"), share(0.0, "a"), started]
+    events += [share(5.0, "b"), share(6.0, "b"), share(7.0, "b")]
+    assert [(b.job_id, b.from_s, b.to_s) for b in share_blocks(events)] == [("b", 4.7, 7.0)]
+
+
+def test_no_line_is_drawn_across_a_hole() -> None:
+    base = next(e for e in events_of_a_run(1) if isinstance(e, StreamAccuracy))
+    times = [*range(1, 20), *range(40, 60)]
+    points = accuracy_series([msgspec.structs.replace(base, site_s=float(t)) for t in times])[base.stream_id]
+    holes = [(p.site_s, q.site_s) for p, q in itertools.pairwise(with_gaps(points)) if math.isnan(p.smooth)]
+    assert holes == [(19.0, 40.0)]
 
 
 def test_a_long_run_is_thinned() -> None:

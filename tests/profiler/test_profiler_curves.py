@@ -57,7 +57,7 @@ def test_known_curves_are_interpolated_closely_and_extrapolated_usefully(truth: 
     curve = fit_curve(efforts, [TRUTHS[truth](x) for x in efforts], num_validation=400)
     assert abs(curve.predict(350.0)[0] - TRUTHS[truth](350.0)) < 0.01
     target = effective_effort(15, 300)
-    assert abs(curve.predict(target)[0] - TRUTHS[truth](target)) < 0.05
+    assert abs(curve.predict(target)[0] - TRUTHS[truth](target)) < 0.06
 
 
 @pytest.mark.parametrize("truth", TRUTHS)
