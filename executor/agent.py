@@ -173,22 +173,22 @@ class Fence:
         self.executor_id = executor_id
         self.held: PlanVersion | None = None
         self.desired: tuple[Job, ...] = ()
-        self.received_s = 0.0
+        self.taken_s = 0.0
 
     def judge(
         self, plan: ApplyPlan, received_s: float, now: float, settled: Set[str] = frozenset()
     ) -> PlanApplied | PlanRefused:
         """Take the plan over, or say why not.
 
-        ``received_s`` and ``now`` are this machine's monotonic clock, at receipt and at this step; they
-        differ when the loop was late. Shares of ``settled`` jobs do not count: nothing runs for them.
+        ``received_s`` and ``now`` are this machine's monotonic clock, at the earliest time of receipt and at
+        this step; they differ when the loop was late. ``taken_s`` keeps the latter. Shares of ``settled`` jobs do not count: nothing runs for them.
         """
         if self.held is not None and plan.version == self.held:
             return PlanApplied(executor_id=self.executor_id, version=plan.version)
         reason = self._objection(plan, received_s, now, settled)
         if reason:
             return PlanRefused(executor_id=self.executor_id, version=plan.version, held=self.held, reason=reason)
-        self.held, self.desired, self.received_s = plan.version, plan.jobs, received_s
+        self.held, self.desired, self.taken_s = plan.version, plan.jobs, now
         return PlanApplied(executor_id=self.executor_id, version=plan.version)
 
     def _objection(self, plan: ApplyPlan, received_s: float, now: float, settled: Set[str]) -> str:

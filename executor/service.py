@@ -52,6 +52,7 @@ log = logging.getLogger(__name__)
 
 MAX_POLL_S = 0.2
 HELLO_INTERVAL_S = 1.0
+STALL_S = 0.5
 
 
 class Service:
@@ -97,6 +98,8 @@ class Service:
         self._heartbeat_due_s = 0.0
         self._question_due_s = 0.0
         self._loop_count = 0
+        self._turned_s = clock()
+        self._stalled_s = self._stall_over_s = 0.0
         self._site_offset_s: float | None = None
         self._leaving = ""
         self._exit_code = 0
@@ -124,7 +127,7 @@ class Service:
                 self._loop_count += 1
                 self._take_signals()
                 self._take_connection_events()
-                self._take_messages(polled_s, now)
+                self._take_messages(self._earliest_receipt(polled_s, now), now)
                 self._take_worker_events()
                 self._look_after_backend()
                 self._notice_silence(self._clock())
@@ -195,7 +198,18 @@ class Service:
             if self._connected:
                 self._hello_due_s = 0.0  # whoever is there now, the same optimizer or its successor, is to know us
 
-    def _take_messages(self, polled_s: float, now: float) -> None:
+    def _earliest_receipt(self, polled_s: float, now: float) -> float:
+        """The earliest time at which a message that is read at ``now`` can have come in.
+
+        The loop was waiting from ``polled_s`` on. After a stall (this process was stopped, the machine slept)
+        old messages still trickle in from the kernel for a moment.
+        """
+        if now - self._turned_s > MAX_POLL_S + STALL_S:
+            self._stalled_s, self._stall_over_s = self._turned_s, now + STALL_S
+        self._turned_s = now
+        return min(polled_s, self._stalled_s) if now < self._stall_over_s else polled_s
+
+    def _take_messages(self, received_s: float, now: float) -> None:
         for message in self._client.recv():
             if isinstance(message, VersionMismatchError):
                 self._complaint = str(message)
@@ -207,8 +221,7 @@ class Service:
             elif isinstance(message, Rejected):
                 self._rejected(message)
             elif isinstance(message, ApplyPlan):
-                # It may have come in at any time since the loop last waited: the life time is judged from there.
-                self._apply(message, polled_s, now)
+                self._apply(message, received_s, self._clock())
             elif isinstance(message, Ack):
                 self._outbox.acknowledge(message.event_id)
             elif isinstance(message, Leave):
@@ -266,7 +279,7 @@ class Service:
                     self._roster.retry_now(job.job_id)
             positions = [job.position_s for job in plan.jobs if isinstance(job, InferenceJob)]
             if positions:
-                offset = max(positions) - received_s
+                offset = max(positions) - now
                 self._site_offset_s = max(offset, self._site_offset_s if self._site_offset_s is not None else offset)
 
     def site_s(self) -> float:
@@ -370,7 +383,7 @@ class Service:
         """The job as its worker gets it: a stream has gone on since the plan came."""
         if isinstance(job, InferenceJob):
             return msgspec.structs.replace(
-                job, share=paced_share, position_s=job.position_s + max(0.0, now - self._fence.received_s)
+                job, share=paced_share, position_s=job.position_s + max(0.0, now - self._fence.taken_s)
             )
         return msgspec.structs.replace(job, share=paced_share)
 
@@ -385,6 +398,7 @@ class Service:
                 # Before Hello: an executor that has joined can start a worker at once.
                 self._supervisor.warm_up()
                 self._warm = True
+                self._turned_s = self._clock()
             self._send(self._hello())
             self._hello_sent_s = self._clock()
             self._hello_due_s = self._hello_sent_s + HELLO_INTERVAL_S

@@ -24,6 +24,8 @@ from protocol.messages import (
     LabelJob,
     PlanApplied,
     RetrainJob,
+    Snapshot,
+    SnapshotRequest,
     ToClient,
     ToServer,
     Welcome,
@@ -93,6 +95,7 @@ class OptimizerModel:
         self.address = self.server.address
         self.term = term
         self.silence_s = silence_s
+        self.store = "/nowhere"
         self.peer = b""
         self.welcomes = True
         self.acknowledges = True
@@ -112,17 +115,30 @@ class OptimizerModel:
                     Welcome(
                         term=self.term,
                         site="test",
-                        store="/nowhere",
+                        store=self.store,
                         telemetry_address="tcp://127.0.0.1:9",
                         heartbeat_s=0.1,
                         silence_s=self.silence_s,
                     )
                 )
+            if isinstance(message, SnapshotRequest):
+                self.send(self._snapshot())
             event_id = getattr(message, "event_id", None)
             if event_id is not None and self.acknowledges:
                 self.send(Ack(event_id=event_id))
         self.received += messages
         return messages
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(
+            protocol_version=1,
+            site="test",
+            term=self.term,
+            window=0,
+            sequence={},
+            events=(),
+            **{name: "tcp://127.0.0.1:9" for name in Snapshot.__struct_fields__ if name == "telemetry_address"},
+        )
 
     def send(self, message: ToClient) -> None:
         self.server.send(self.peer, message)
