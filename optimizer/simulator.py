@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import time
 from collections.abc import Callable
 from typing import Protocol
@@ -37,7 +38,10 @@ from protocol.events import StreamAccuracy, TelemetryEvent
 from protocol.plan import Plan, PlanVersion, Problem
 from protocol.schema import CheckpointRef, GpuSpec, InferenceConfig, LabelResult, RetrainResult, TrialResult
 
-_TICK_S = 0.5
+TICK_S = 0.5
+
+
+_KINDS: dict[type, str] = {m.LabelJob: "label", m.TrialJob: "trial", m.RetrainJob: "retrain"}
 
 
 class World(Protocol):
@@ -96,7 +100,13 @@ class SimulatedExecutor:
 
     def granted(self) -> float:
         """Sum of all shares in use."""
-        return sum(j.share for j in self.serving.values()) + sum(r.job.share for r in self.running.values())
+        return sum(share for _, share in self.shares())
+
+    def shares(self) -> list[tuple[str, float]]:
+        """(kind of job, share) of every job."""
+        return [("inference", job.share) for job in self.serving.values()] + [
+            (_KINDS[type(running.job)], running.job.share) for running in self.running.values()
+        ]
 
     def apply(self, plan: m.ApplyPlan, now: float) -> m.Up:
         """Take a plan as an executor does: older than the held one is refused, a repeated one changes nothing."""
@@ -173,10 +183,22 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     plan: Plan | None
 
 
+class Measure(msgspec.Struct):
+    """One stream in one window, exactly: integral of its accuracy, seconds, and its least accuracy in them."""
+
+    accuracy_s: float = 0.0
+    seconds: float = 0.0
+    least: float = 1.0
+
+
 class Simulation:
     """Runs a coordinator with simulated executors until it finishes or ``until_s``.
 
-    ``decision_s`` maps wall seconds of a decision to the virtual seconds that it takes (default: none).
+    Virtual time jumps from event to event; the coordinator besides gets a tick every ``tick_s`` seconds.
+    ``decision_s`` maps wall seconds of a decision to the virtual seconds that it takes (default: none). Of
+    several questions of one instant only the last is put to the solver, as a planner drops the older ones.
+
+    ``measures`` by (stream, window); ``share_s`` by (kind of job, window): seconds times share, all GPUs.
     """
 
     def __init__(
@@ -187,6 +209,7 @@ class Simulation:
         solver: Solver,
         *,
         decision_s: Callable[[float], float] = lambda _: 0.0,
+        tick_s: float = TICK_S,
     ) -> None:
         self.coordinator = coordinator
         self.executors = {executor.executor_id: executor for executor in executors}
@@ -195,9 +218,13 @@ class Simulation:
         self.decisions: list[Decision] = []
         self.finish: Finish | None = None
         self.peak_share = 0.0
+        self.measures: dict[tuple[str, int], Measure] = {}
+        self.share_s: dict[tuple[str, int], float] = {}
         self._world = world
         self._solver = solver
         self._decision_s = decision_s
+        self._tick_s = tick_s
+        self._question: Solve | None = None
         self._due: list[tuple[float, int, Input]] = []
         self._order = itertools.count()
         self._measured_s = 0.0
@@ -217,14 +244,8 @@ class Simulation:
     def run(self, until_s: float = float("inf")) -> None:
         """Advance virtual time."""
         while self.finish is None and self.now < until_s:
-            ends = [(executor.next_end_s(), executor) for executor in self.executors.values()]
-            coming = [end for end, _ in ends] + [due for due, _, _ in self._due[:1]]
-            grid = (int(self.now / _TICK_S + 1e-9) + 1) * _TICK_S
-            if self.coordinator.state.phase in ("profiling", "planning", "executing"):
-                boundary = self.coordinator.window_end_s()
-                if boundary > self.now:
-                    coming.append(boundary)
-            self.now = max(self.now, min([grid, until_s, *coming]))
+            self._answer()
+            self.now = max(self.now, min(until_s, self._next_s()))
             self._measure()
             while self._due and self._due[0][0] <= self.now:
                 self.give(heapq.heappop(self._due)[2])
@@ -232,6 +253,21 @@ class Simulation:
                 for message in executor.take_ended(self.now):
                     self.give(Received(executor_id=executor.executor_id, message=message))
             self.give(Tick())
+
+    def _next_s(self) -> float:
+        """When something happens next: an answer, the end of a job, a limit of the window, a tick."""
+        state, site = self.coordinator.state, self.coordinator.site
+        tick_s = TICK_S if state.phase == "finished" else self._tick_s
+        coming = [(math.floor(self.now / tick_s + 1e-9) + 1) * tick_s]
+        coming += [executor.next_end_s() for executor in self.executors.values()]
+        coming += [due for due, _, _ in self._due[:1]]
+        limits = []
+        if state.phase in ("profiling", "planning", "executing"):
+            limits.append(self.coordinator.window_end_s())
+        if state.phase == "profiling":
+            # A little late: the coordinator cuts off once the limit has been passed.
+            limits.append(state.window_opened_s + site.profiling.limit * site.window_s + 1e-6)
+        return min(coming + [limit for limit in limits if limit > self.now])
 
     def give(self, item: Input) -> None:
         """Hand one input to the coordinator and carry out what it says."""
@@ -248,9 +284,9 @@ class Simulation:
                         answer = executor.apply(plan, self.now)
                         self._later(self.now, Received(executor_id=executor_id, message=answer))
                 case Publish(event=event):
-                    self.events.append(event)
+                    self._record(event)
                 case Solve():
-                    self._solve(output)
+                    self._question = output
                 case Finish():
                     self.finish = output
                 case _:
@@ -258,7 +294,15 @@ class Simulation:
         # A shrink on one executor and a growth on another travel separately; only each GPU's own sum counts.
         self.peak_share = max([self.peak_share, *(e.granted() for e in self.executors.values())])
 
-    def _solve(self, question: Solve) -> None:
+    def _record(self, event: TelemetryEvent) -> None:
+        origin_s = self.coordinator.state.origin_s
+        self.events.append(event if origin_s is None else msgspec.structs.replace(event, site_s=self.now - origin_s))
+
+    def _answer(self) -> None:
+        """Put the newest question to the solver."""
+        question, self._question = self._question, None
+        if question is None:
+            return
         began = time.perf_counter()
         plan, reason = None, ""
         try:
@@ -280,13 +324,20 @@ class Simulation:
         span, begin = self.now - self._measured_s, self._measured_s
         self._measured_s = self.now
         state = self.coordinator.state
-        if span <= 0.0 or state.origin_s is None:
+        if span <= 0.0 or state.origin_s is None or state.phase == "finished":
             return
         jobs = {job.stream.stream_id: job for e in self.executors.values() for job in e.serving.values()}
         window = state.window if begin >= state.window_opened_s - 1e-9 else state.window - 1
+        for executor in self.executors.values():
+            for kind, share in executor.shares():
+                self.share_s[kind, window] = self.share_s.get((kind, window), 0.0) + share * span
         for stream_id in state.streams:
             job = jobs.get(stream_id)
             accuracy = self._world.accuracy(stream_id, window, job.checkpoint, job.config) if job else 0.0
+            measure = self.measures.setdefault((stream_id, window), Measure())
+            measure.accuracy_s += accuracy * span
+            measure.seconds += span
+            measure.least = min(measure.least, accuracy)
             weight = max(1, round(span * 1000))  # in milliseconds: tallies count whole frames
             event = StreamAccuracy(
                 site_s=self.now - state.origin_s,
