@@ -30,6 +30,7 @@ and the optimum of 1 to 4 is kept as an upper bound. The memory of a job is its 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -37,6 +38,9 @@ from datetime import timedelta
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from optimizer.execution import quanta_per_gpu
 from optimizer.objective import judge, upper_bound_trivial
 from optimizer.policies.choices import Job, Option
 from optimizer.policies.options import OptionMaker
@@ -49,6 +53,7 @@ if TYPE_CHECKING:
 
 GAP_TOLERANCE = 1e-4  # a plan proven this close to the bound counts as optimal
 MAX_PATTERNS = 2500  # per class; more are needed only below a quantum of 1/25
+COARSE_QUANTA = 20  # per GPU, where the quantum is too fine for patterns
 RESERVE_S = 0.02  # kept back from the budget for judging and sending the plan
 
 
@@ -58,7 +63,55 @@ def milp(problem: Problem, budget_s: float) -> Plan:
     PlanError when the solver finds no plan (none exists, or the time was too short).
     """
     started_s = time.monotonic()
-    return _Solve(problem, started_s, started_s + max(0.05, budget_s - RESERVE_S)).plan()
+    deadline_s = started_s + max(0.05, budget_s - RESERVE_S)
+    quanta = quanta_per_gpu(problem.share_quantum)
+    if _patterns(quanta) is not None:
+        return _Solve(problem, started_s, deadline_s).plan()
+    return _fine(problem, math.ceil(quanta / COARSE_QUANTA), started_s, deadline_s)
+
+
+def _fine(problem: Problem, coarsening: int, started_s: float, deadline_s: float) -> Plan:
+    """Plan with a quantum that is too fine for patterns: first with a multiple of it, then as it is.
+
+    A plan in multiples is a plan; the bound is that of the fine quantum.
+    """
+    coarse = msgspec.structs.replace(problem, share_quantum=problem.share_quantum * coarsening)
+    plans: list[Plan] = []
+    bound: float | None = None
+    failure = PlanError("the time was too short")
+    for one, until_s in ((coarse, (started_s + deadline_s) / 2.0), (problem, deadline_s)):
+        try:
+            plan = _Solve(one, started_s, until_s).plan()
+        except PlanError as error:
+            failure = error
+        else:
+            plans.append(plan)
+            bound = plan.report.bound if one is problem else None
+    if not plans:
+        raise failure
+    best = max(plans, key=lambda plan: judge(problem, plan).rank)
+    return _reported(problem, best, bound, best.report.detail, started_s)
+
+
+def _reported(problem: Problem, plan: Plan, bound: float | None, detail: str, started_s: float) -> Plan:
+    """``plan`` with the report of what is proven of it."""
+    value = judge(problem, plan).value
+    gap: float | None = None
+    status: SolveStatus = "heuristic"
+    if bound is not None:
+        bound = max(bound, value)
+        gap = (bound - value) / bound if bound > 0.0 else 0.0
+        status = "optimal" if gap <= GAP_TOLERANCE else "feasible"
+    report = SolveReport(
+        policy="milp",
+        status=status,
+        value=value,
+        bound=bound,
+        gap=gap,
+        seconds=time.monotonic() - started_s,
+        detail=detail,
+    )
+    return msgspec.structs.replace(plan, report=report)
 
 
 class _Solve:
@@ -75,6 +128,8 @@ class _Solve:
         if outcome is not None:
             placed, bound = outcome
             return self._report(placed, bound, "")
+        if time.monotonic() > self.deadline_s:
+            raise PlanError("the solver found no plan in time")
         options = self._options(below_floor=True)
         unserved = [s.stream_id for s, found in zip(self.problem.streams, options, strict=True) if not found]
         if unserved:
@@ -93,25 +148,8 @@ class _Solve:
         return options
 
     def _report(self, placed: list[Placed], bound: float | None, detail: str) -> Plan:
-        report = SolveReport(policy="milp", status="feasible")
-        plan = write_plan(self.problem, placed, report)
-        value = judge(self.problem, plan).value
-        gap: float | None = None
-        status: SolveStatus = "feasible" if detail else "heuristic"
-        if bound is not None:
-            bound = max(bound, value)
-            gap = (bound - value) / bound if bound > 0.0 else 0.0
-            status = "optimal" if gap <= GAP_TOLERANCE else "feasible"
-        report = SolveReport(
-            policy="milp",
-            status=status,
-            value=value,
-            bound=bound,
-            gap=gap,
-            seconds=time.monotonic() - self.started_s,
-            detail=detail,
-        )
-        return Plan(window_s=plan.window_s, assignments=plan.assignments, report=report)
+        plan = write_plan(self.problem, placed, SolveReport(policy="milp", status="feasible"))
+        return _reported(self.problem, plan, bound, detail, self.started_s)
 
     def _optimise(self, options: list[list[Option]]) -> tuple[list[Placed], float] | None:
         """(choice per stream, bound on the value), or None when there is no solution."""
