@@ -105,7 +105,11 @@ def compare(
         console.file.write(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode() + "\n")
     else:
         for name, problem in problems.items():
-            console.print(_table(name, problem, [o for o in outcomes if o.row.problem == name]))
+            shown = [outcome for outcome in outcomes if outcome.row.problem == name]
+            console.print(_table(name, problem, shown))
+            for outcome in shown:
+                if outcome.remark:
+                    console.print(f"  {outcome.row.policy}: {outcome.remark}", markup=False, highlight=False)
     return rows
 
 
@@ -179,16 +183,15 @@ def _file_name(row: Row) -> str:
 
 def _table(name: str, problem: Problem, outcomes: Sequence[Outcome]) -> Table:
     size = f"{len(problem.streams)} streams, {len(problem.gpus)} GPUs, {problem.window_s:g} s"
-    limit = upper_bound_trivial(problem)
-    table = Table(
-        box=SIMPLE_HEAD, title=f"{name}: {size}", caption=f"each stream alone on the site would reach {limit:.4f}"
-    )
+    caption = f"each stream alone on the site would reach {upper_bound_trivial(problem):.4f}"
+    if any(outcome.row.policy == "milp" for outcome in outcomes):
+        caption += "\nthe bound of milp holds for plans whose streams do not wait for one another"
+    table = Table(box=SIMPLE_HEAD, title=f"{name}: {size}", caption=caption)
     table.add_column("policy", no_wrap=True)
     for heading in ("accuracy", "bound", "gap", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
     for heading in ("status", "verdict"):
         table.add_column(heading, no_wrap=True)
-    table.add_column("remark", overflow="fold", min_width=8)
     best = max((o.row.value for o in outcomes if o.row.feasible), default=None)
     for outcome in outcomes:
         row = outcome.row
@@ -203,6 +206,5 @@ def _table(name: str, problem: Problem, outcomes: Sequence[Outcome]) -> Table:
             f"{row.seconds:.3f}",
             row.status,
             "feasible" if row.feasible else "[red]not feasible[/]",
-            outcome.remark,
         )
     return table
