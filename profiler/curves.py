@@ -106,9 +106,9 @@ def flat_curve(accuracy: float, noise: float = DEFAULT_NOISE) -> LearningCurve:
     return LearningCurve(components=(component,), noise=noise, last_effort=0.0, num_points=1)
 
 
-def likely_ceiling(best: float) -> float:
-    """Accuracy that endless training is expected to reach from ``best``, when nothing else is known."""
-    return best + REMAINING_GAIN * (1.0 - best)
+def likely_ceiling(best: float, gain: float = REMAINING_GAIN) -> float:
+    """Accuracy that endless training reaches when it still removes the part ``gain`` of the error left at ``best``."""
+    return best + gain * (1.0 - best)
 
 
 def fit_curve(

@@ -40,6 +40,10 @@ ERROR_PER_DISTANCE = 0.03
 CURVE_ERROR_STRENGTH = 2.0
 MAX_ERROR = 0.5
 FRESH_START_DROP = 0.08
+# Part of the error left after a short trial that long training still removes: little for a head alone, much for a
+# whole small network (benchmarks/bench_profiler_city.py).
+HEAD_GAIN = 0.15
+DEPTH_GAIN = 0.4
 MIN_SHARE = 1e-4
 
 
@@ -251,8 +255,9 @@ def _fit(trials: Sequence[RetrainTrial], num_validation: int, reached: float | N
     efforts, accuracies = zip(*points, strict=True)
     # Where the curve may end: as far as this student got before, but never below what the trial itself reached. A
     # trial that begins with a dip is expected to come back above the serving model, which it started from.
+    gain = HEAD_GAIN + DEPTH_GAIN * trials[0].config.trained_fraction
     start = max(epoch.accuracy for trial in trials for epoch in trial.epochs)
-    ceiling = likely_ceiling(start) if reached is None else max(reached, *accuracies)
+    ceiling = likely_ceiling(start, gain) if reached is None else max(reached, *accuracies)
     return fit_curve(efforts, accuracies, ceiling=ceiling, num_validation=num_validation)
 
 
