@@ -185,7 +185,7 @@ def _table(name: str, problem: Problem, outcomes: Sequence[Outcome]) -> Table:
     size = f"{len(problem.streams)} streams, {len(problem.gpus)} GPUs, {problem.window_s:g} s"
     caption = f"each stream alone on the site would reach {upper_bound_trivial(problem):.4f}"
     if any(outcome.row.policy == "milp" for outcome in outcomes):
-        caption += "\nthe bound of milp holds for plans whose streams do not wait for one another"
+        caption += "\nthe bound of milp is for static plans"
     table = Table(box=SIMPLE_HEAD, title=f"{name}: {size}", caption=caption)
     table.add_column("policy", no_wrap=True)
     for heading in ("accuracy", "bound", "gap", "seconds"):

@@ -19,6 +19,7 @@ freed share, so a higher estimate is not always a better plan.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.execution import capacity_quanta, needed_quanta, retrain_seconds, share_of
+from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency, share_of
 from optimizer.objective import ACCURACY_TOLERANCE, attainable_floor, judge
 from optimizer.policies.packing import Placed, Wish, pack, write_plan
 from protocol.plan import Plan, Problem, SolveReport, StreamProfile
@@ -49,22 +50,27 @@ class ShareTable:
 
 
 def share_table(
-    problem: Problem, stream: StreamProfile, gpu: GpuSpec, quanta: int, allowed: Sequence[int] | None = None
+    problem: Problem,
+    stream: StreamProfile,
+    gpu: GpuSpec,
+    pace: NDArray[np.float64],
+    allowed: Sequence[int] | None = None,
 ) -> ShareTable:
-    """Algorithm 2 for every pair of shares at once, on a GPU like ``gpu`` with ``quanta`` to give away.
+    """Algorithm 2 for every pair of shares at once, on a GPU like ``gpu``.
 
-    ``allowed`` restricts the retraining configurations (indices); None allows all.
+    ``pace[r]`` is how long one GPU-second takes with r quanta (inf for none); ``allowed`` restricts the
+    retraining configurations (indices), None allows all.
     """
-    window_s, quantum = problem.window_s, problem.share_quantum
-    best = np.full(quanta + 1, stream.accuracy_now)  # window average of a(t), per retraining share
-    gamma = np.full(quanta + 1, -1)
-    for index in range(len(stream.retrain)) if allowed is None else allowed:
-        profile = stream.retrain[index]
-        lengths = [retrain_seconds(profile, gpu, share_of(r, quantum)) for r in range(1, quanta + 1)]
-        swap = np.minimum(1.0, np.array([window_s, *lengths]) / window_s)
-        average = stream.accuracy_now * swap + profile.accuracy_after * (1.0 - swap)
-        better = average > best
-        best[better], gamma[better] = average[better], index
+    quanta, quantum = len(pace) - 1, problem.share_quantum
+    choices = np.arange(len(stream.retrain)) if allowed is None else np.array(allowed, dtype=np.int64)
+    cost_s = np.array([p.gpu_seconds for p in stream.retrain], dtype=np.float64)[choices]
+    after = np.array([p.accuracy_after for p in stream.retrain], dtype=np.float64)[choices]
+    swap = np.minimum(1.0, cost_s[:, None] * pace[None, :] / problem.window_s)
+    average = stream.accuracy_now * swap + after[:, None] * (1.0 - swap)
+    # Row 0: no retraining. Ties go to it, and then to the configuration that comes first.
+    average = np.vstack([np.full((1, quanta + 1), stream.accuracy_now), average])
+    row_of = average.argmax(axis=0)
+    best, gamma = average.max(axis=0), np.concatenate([[-1], choices])[row_of]
     floor = min(stream.min_accuracy, attainable_floor(stream, problem.gpus, quantum)) - ACCURACY_TOLERANCE
     factor: NDArray[np.float64] = np.zeros(quanta + 1)
     penalty = np.full(quanta + 1, UNSERVED)
@@ -92,9 +98,12 @@ class Shares:
         speed = sum(gpu.speed * quanta for gpu, quanta in zip(problem.gpus, capacity, strict=True)) / max(1, self.pool)
         first = problem.gpus[0]
         self.gpu = GpuSpec(gpu_id=first.gpu_id, speed=speed or 1.0, share_efficiency=first.share_efficiency)
+        shares = [share_of(r, quantum) for r in range(1, self.most + 1)]
+        rates = [self.gpu.speed * share_efficiency(self.gpu, share) for share in shares]
+        pace = np.array([math.inf, *(1.0 / rate if rate > 0.0 else math.inf for rate in rates)])
         limits = allowed or [None] * len(problem.streams)
         self.tables = [
-            share_table(problem, stream, self.gpu, self.most, limit)
+            share_table(problem, stream, self.gpu, pace, limit)
             for stream, limit in zip(problem.streams, limits, strict=True)
         ]
         self.quanta = self.fair()
