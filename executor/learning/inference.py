@@ -130,7 +130,10 @@ class InferenceEngine:
         analysed = not dropped and self.is_due(frame.index)
         if analysed:
             self._last = self.analyser.analyse(frame, self.config.resolution_px)
-        found = carry_over(self._last, frame.boxes)
+        if analysed and self._last is not None and self._last.boxes is frame.boxes:
+            found = self._last.labels  # classified at the frame's own boxes: nothing to match
+        else:
+            found = carry_over(self._last, frame.boxes)
         return Outcome(analysed, len(frame.labels), frame_accuracy(found, frame.labels))
 
 
