@@ -40,6 +40,7 @@ def retrain_at_level(problem: Problem, level: Level) -> list[int]:
 
     The configuration is taken from the Pareto front of mean cost against mean accuracy after
     retraining over all streams: its cheapest ("low"), its most expensive ("high") or its middle member.
+    A retraining that already runs goes on, whatever its configuration.
     """
     costs: dict[str, list[float]] = defaultdict(list)
     reached: dict[str, list[float]] = defaultdict(list)
@@ -58,11 +59,9 @@ def retrain_at_level(problem: Problem, level: Level) -> list[int]:
         if loss < best:
             front.append(name)
             best = loss
-    if not front:
-        return [-1] * len(problem.streams)
-    name = front[{"low": 0, "middle": len(front) // 2, "high": -1}[level]]
+    name = front[{"low": 0, "middle": len(front) // 2, "high": -1}[level]] if front else None
     return [
-        next((i for i, profile in enumerate(stream.retrain) if profile.retrain_id == name), -1)
+        next((i for i, p in enumerate(stream.retrain) if p.pinned_gpu is not None or p.retrain_id == name), -1)
         for stream in problem.streams
     ]
 
@@ -76,8 +75,10 @@ def uniform_variant(level: Level, inference_part: float) -> Callable[[Problem, f
         pool = sum(capacity_quanta(gpu, problem.share_quantum) for gpu in problem.gpus)
         each = max(1, pool // len(problem.streams))
         lam_quanta = max(1, round(inference_part * each))
+        # A stream that does not retrain has its whole part for inference, as after a swap.
         wishes = [
-            Wish(lam_quanta=lam_quanta, gamma=gamma, r=each - lam_quanta) for gamma in retrain_at_level(problem, level)
+            Wish(lam_quanta=lam_quanta, gamma=gamma, r=each - lam_quanta) if gamma >= 0 else Wish(lam_quanta=each)
+            for gamma in retrain_at_level(problem, level)
         ]
         return heuristic_plan(problem, pack(problem, wishes), name, started_s)
 

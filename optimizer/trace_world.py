@@ -1,0 +1,262 @@
+"""A site made from a trace: what is true (`TraceWorld`) and what the planner is told (`TraceProfiler`).
+
+Every window begins with the trace's own accuracy, whatever was retrained before, as each window of a
+trace was measured by itself. A retraining takes the measured GPU-seconds and reaches the measured
+accuracy, also where the planner was told otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from optimizer.config import BootstrapConfig, GateConfig, ProfilingConfig, SiteConfig
+from optimizer.trace import DrawnStream, InferenceTable, Trace, TracedRetraining, TracedWindow
+from protocol import messages as m
+from protocol.plan import InferenceProfile, RetrainProfile, StreamProfile
+from protocol.schema import (
+    CheckpointRef,
+    CitySource,
+    DatasetRef,
+    InferenceConfig,
+    LabelResult,
+    Record,
+    RetrainConfig,
+    RetrainResult,
+    StreamSpec,
+    TrialResult,
+)
+
+_CLASSES = ("object", "other")
+_NUM_LABELS = 100  # labels are free here; enough for the coordinator to go on
+
+
+class StudyKnobs(Record, frozen=True, kw_only=True):
+    """How a trace is turned into a site.
+
+    ``predicted``: the planner sees the trace's predictions instead of its measurements. ``full_share``:
+    GPU share that analysing every frame takes. ``profiling``: whether micro-profiling takes its
+    measured GPU-seconds at the start of every window, or nothing. ``gate``: whether a model that is
+    no better than the serving one is refused. ``min_accuracy``: floor of every stream.
+    """
+
+    num_windows: int = 3
+    window_s: float = 200.0
+    predicted: bool = False
+    full_share: float = 0.25
+    share_quantum: float = 0.1
+    profiling: bool = False
+    gate: bool = True
+    gate_margin: float = 0.0
+    min_accuracy: float = 0.0
+
+    @property
+    def warm_up(self) -> int:
+        """Windows before those that count: the first window of a site is not profiled inside itself."""
+        return 1 if self.profiling else 0
+
+
+class TraceSite:
+    """The streams of a study with their windows and choices; ``window`` counts from the first that is measured."""
+
+    def __init__(
+        self, trace: Trace, table: InferenceTable, streams: tuple[DrawnStream, ...], knobs: StudyKnobs
+    ) -> None:
+        self.knobs = knobs
+        self.streams = {stream.stream_id: stream for stream in streams}
+        self._trace, self._table = trace, table
+        self._subsampling = _subsampling(knobs)
+        self.inference = tuple(_inference_config(n) for n in self._subsampling.values())
+
+    def config(self, policy: str) -> SiteConfig:
+        """The site file of the study."""
+        knobs = self.knobs
+        specs = tuple(
+            StreamSpec(
+                stream_id=stream_id,
+                source=CitySource(seed=index),
+                classes=_CLASSES,
+                min_accuracy=knobs.min_accuracy,
+            )
+            for index, stream_id in enumerate(self.streams)
+        )
+        # A margin below -1 lets every model pass.
+        gate = GateConfig(margin=knobs.gate_margin if knobs.gate else -2.0)
+        return SiteConfig(
+            name="study",
+            streams=specs,
+            inference=self.inference,
+            window_s=knobs.window_s,
+            policy=policy,
+            share_quantum=knobs.share_quantum,
+            bootstrap=BootstrapConfig(seconds=1.0),
+            # What costs nothing needs no room, but the coordinator's form wants a share.
+            profiling=ProfilingConfig() if knobs.profiling else ProfilingConfig(share=knobs.share_quantum),
+            gate=gate,
+        )
+
+    def window(self, stream_id: str, window: int) -> TracedWindow:
+        """The trace's window behind a window of the site."""
+        windows = self._trace.cities[self.streams[stream_id].city]
+        return windows[max(0, window - self.knobs.warm_up) % len(windows)]
+
+    def relative_accuracy(self, stream_id: str, config_id: str) -> float:
+        """What an inference configuration keeps of a stream's full-rate accuracy."""
+        return self._table.relative_accuracy(self.streams[stream_id].camera, self._subsampling[config_id])
+
+    def profile(self, stream_id: str, window: int) -> StreamProfile:
+        """What the planner is told at the start of a window. Nothing is retrained in the warm-up."""
+        traced = self.window(stream_id, window)
+        retrainings = traced.retrainings if window >= self.knobs.warm_up else ()
+        return StreamProfile(
+            stream_id=stream_id,
+            accuracy_now=traced.accuracy_now,
+            inference=tuple(
+                InferenceProfile(
+                    inference_id=config.config_id,
+                    gpu_share_needed=self.knobs.full_share / self._subsampling[config.config_id],
+                    relative_accuracy=self.relative_accuracy(stream_id, config.config_id),
+                    config=config,
+                )
+                for config in self.inference
+            ),
+            retrain=tuple(self._choice(traced_retraining) for traced_retraining in retrainings),
+        )
+
+    def _choice(self, traced: TracedRetraining) -> RetrainProfile:
+        predicted = self.knobs.predicted
+        return RetrainProfile(
+            retrain_id=traced.retrain_id,
+            accuracy_after=traced.accuracy_after_predicted if predicted else traced.accuracy_after,
+            gpu_seconds=traced.gpu_seconds_predicted if predicted else traced.gpu_seconds,
+            config=RetrainConfig(config_id=traced.retrain_id, epochs=traced.epochs),
+        )
+
+
+def _subsampling(knobs: StudyKnobs) -> dict[str, float]:
+    """Inference configurations by id: one frame in N. One for every share that is a multiple of the quantum.
+
+    A configuration in between would be granted the next multiple anyway.
+    """
+    found: dict[str, float] = {"n1": 1.0}
+    quanta = 1
+    while quanta * knobs.share_quantum < knobs.full_share - 1e-9:
+        subsampling = knobs.full_share / (quanta * knobs.share_quantum)
+        found[f"n{subsampling:.4g}"] = subsampling
+        quanta += 1
+    return dict(sorted(found.items(), key=lambda item: item[1]))
+
+
+def _inference_config(subsampling: float) -> InferenceConfig:
+    return InferenceConfig(config_id=f"n{subsampling:.4g}", frame_interval=max(1, round(subsampling)))
+
+
+# ---------------------------------------------------------------- what is true
+
+
+class TraceWorld:
+    """What jobs cost and models are worth, by the trace. ``started`` counts retrainings per window."""
+
+    def __init__(self, site: TraceSite) -> None:
+        self._site = site
+        self._models: dict[str, tuple[int, float]] = {}  # checksum -> window that it was trained in, accuracy there
+        self.started: list[tuple[str, int]] = []
+
+    def label(self, job: m.LabelJob) -> tuple[float, LabelResult]:
+        """Labels cost nothing."""
+        dataset = DatasetRef(
+            path="trace",
+            stream_id=job.stream.stream_id,
+            window=job.window,
+            num_train=_NUM_LABELS,
+            num_validation=_NUM_LABELS,
+            class_counts=(_NUM_LABELS, 0),
+        )
+        return 0.0, LabelResult(dataset=dataset, num_frames=_NUM_LABELS, seconds=0.0)
+
+    def trial(self, job: m.TrialJob) -> tuple[float, TrialResult]:
+        """Micro-profiling costs what the trace says, or nothing."""
+        traced = self._site.window(job.stream.stream_id, job.window)
+        knobs = self._site.knobs
+        cost_s = traced.microprofile_s if knobs.profiling and job.window >= knobs.warm_up else 0.0
+        return cost_s, TrialResult(
+            stream_id=job.stream.stream_id,
+            window=job.window,
+            accuracy_now=traced.accuracy_now,
+            retrain=(),
+            inference=(),
+            seconds=cost_s,
+        )
+
+    def retrain(self, job: m.RetrainJob) -> tuple[float, RetrainResult]:
+        """The measured retraining; the very first model of a stream is free."""
+        stream_id, name = job.stream.stream_id, job.config.config_id
+        window = self._site.window(stream_id, job.window)
+        before = after = window.accuracy_now
+        cost_s = 0.0
+        if job.checkpoint is not None:
+            traced = next(t for t in window.retrainings if t.retrain_id == name)
+            before = self._model(stream_id, job.window, job.checkpoint)
+            after, cost_s = traced.accuracy_after, traced.gpu_seconds
+            self.started.append((stream_id, job.window))
+        checksum = hashlib.sha256(job.job_id.encode()).hexdigest()
+        self._models[checksum] = (job.window if job.checkpoint is not None else -1, after)
+        return cost_s, RetrainResult(
+            stream_id=stream_id,
+            window=job.window,
+            config=job.config,
+            checkpoint=CheckpointRef(path="trace", sha256=checksum, stream_id=stream_id, version=job.next_version),
+            accuracy_before=before,
+            accuracy_after=after,
+            num_validation=_NUM_LABELS,
+            epochs=(),
+            busy_s=cost_s,
+            seconds=cost_s,
+        )
+
+    def accuracy(self, stream_id: str, window: int, checkpoint: CheckpointRef, config: InferenceConfig) -> float:
+        """Instantaneous accuracy: a * q."""
+        return self._model(stream_id, window, checkpoint) * self._site.relative_accuracy(stream_id, config.config_id)
+
+    def _model(self, stream_id: str, window: int, checkpoint: CheckpointRef) -> float:
+        trained, accuracy = self._models[checkpoint.sha256]
+        return accuracy if trained == window else self._site.window(stream_id, window).accuracy_now
+
+
+# ---------------------------------------------------------------- what the planner is told
+
+
+class _Wish(Record, frozen=True, kw_only=True):
+    retrain: tuple[RetrainConfig, ...] = ()
+    inference: tuple[InferenceConfig, ...] = ()
+    data_share: float = 0.1
+    num_epochs: int = 1
+    num_frames: int = 1
+
+
+class TraceProfiler:
+    """Tells the coordinator the trace's measurements or predictions. Remembers every retraining's fate."""
+
+    def __init__(self, site: TraceSite) -> None:
+        self._site = site
+
+    def choose(self, spec: StreamSpec, window: int, dataset: DatasetRef) -> _Wish:
+        """Trials are not run: their outcome is in the trace."""
+        return _Wish()
+
+    def estimate(self, spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:
+        """The profile of the window that the trial was made in."""
+        return self._site.profile(spec.stream_id, trial.window)
+
+    def retrained(
+        self, spec: StreamSpec, result: RetrainResult, predicted: float, predicted_s: float, promoted: bool
+    ) -> None:
+        """Nothing is learnt: the trace has its own predictions."""
+
+    def window_closed(self, stream_id: str, window: int, predicted: float | None, realised: float | None) -> None:
+        """Nothing is learnt."""
+
+
+def initial_gpus(count: int) -> tuple[str, ...]:
+    """Names of the GPUs of a study."""
+    width = len(str(count - 1))
+    return tuple(f"gpu{index:0{width}d}" for index in range(count))
