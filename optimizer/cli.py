@@ -22,6 +22,17 @@ Windows = Annotated[int | None, typer.Option(min=1, help="Stop after this many w
 Policy = Annotated[str | None, typer.Option(help="Planning policy instead of the site's, e.g. milp, thief, uniform.")]
 Policies = Annotated[str, typer.Option(help="Policies, separated by commas.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Print lines instead of a live screen.")]
+TraceFile = Annotated[Path, typer.Argument(metavar="TRACE.csv", help="Measured retrainings, one per row.")]
+InferenceFile = Annotated[
+    Path | None, typer.Option(metavar="TABLE.csv", help="Inference table (default: a built-in one of similar shape).")
+]
+Predicted = Annotated[
+    bool, typer.Option("--predicted/--true", help="Tell the planner the trace's predictions, or its measurements.")
+]
+WindowSeconds = Annotated[float, typer.Option(help="Length of a window, seconds.")]
+FullShare = Annotated[float, typer.Option(help="GPU share that analysing every frame of a stream takes.")]
+Quantum = Annotated[float, typer.Option(help="Smallest GPU share handed out.")]
+Budget = Annotated[float, typer.Option(help="Seconds of wall time that a policy may take for a decision.")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 
 
@@ -96,6 +107,57 @@ def compare(
         as_json=as_json,
         budget_s=budget,
         plan_out=plan_out,
+    )
+
+
+@app.command()
+def simulate(
+    trace: TraceFile,
+    streams: Annotated[str, typer.Option(help="Number of streams; several separated by commas.")] = "10",
+    gpus: Annotated[str, typer.Option(help="Number of GPUs; several separated by commas.")] = "8",
+    windows: Annotated[int, typer.Option(min=1, help="Windows to simulate.")] = 3,
+    policies: Policies = "milp,thief,uniform,none",
+    seed: Annotated[str, typer.Option(help="Seed that draws the streams; several separated by commas.")] = "0",
+    inference: InferenceFile = None,
+    predicted: Predicted = False,
+    window_s: WindowSeconds = 200.0,
+    full_share: FullShare = 0.25,
+    share_quantum: Quantum = 0.1,
+    min_accuracy: Annotated[float, typer.Option(help="Floor on the instantaneous accuracy of every stream.")] = 0.0,
+    profiling: Annotated[
+        bool, typer.Option("--profiling/--free-profiling", help="Micro-profiling takes its measured time, or none.")
+    ] = False,
+    gate: Annotated[bool, typer.Option(help="Refuse retrained models that are no better.")] = True,
+    budget: Budget = 1.0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of tables.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and plots.")] = None,
+) -> None:
+    """Study policies on measured retrainings: the real coordinator and real policies in virtual time.
+
+    Policies are those of `compare`, and cloud:cellular, cloud:satellite, cloud:two-cellular (retraining in the cloud).
+    """
+    from optimizer.simulate import make_study
+    from optimizer.simulate import simulate as simulate_policies
+    from optimizer.trace_world import StudyKnobs
+
+    knobs = StudyKnobs(
+        num_windows=windows,
+        window_s=window_s,
+        predicted=predicted,
+        full_share=full_share,
+        share_quantum=share_quantum,
+        profiling=profiling,
+        gate=gate,
+        min_accuracy=min_accuracy,
+    )
+    simulate_policies(
+        make_study(trace, inference, knobs, budget),
+        policies=[name for name in policies.split(",") if name],
+        streams=streams,
+        gpus=gpus,
+        seeds=seed,
+        as_json=as_json,
+        out=out,
     )
 
 

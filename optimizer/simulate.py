@@ -369,21 +369,15 @@ def _table(rows: Sequence[StudyRow], names: Sequence[str]) -> Table:
     seeds = sorted({row.seed for row in rows})
     drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
     title = f"{first.streams} streams, {first.gpus} GPUs, {first.windows} windows of {first.window_s:g} s, {drawn}"
-    table = Table(box=SIMPLE_HEAD, title=title)
-    table.add_column("policy", no_wrap=True)
-    headings = (
-        "accuracy",
-        "decision s",
-        "max s",
-        "GPU infer.",
-        "GPU retr.",
-        "below floor",
-        "live",
-        "refused",
-        "cut off",
+    caption = (
+        "median s, max s: wall time of a decision; inference, retraining: part of all GPUs' time granted; floors: "
+        "stream-windows below the floor; live, refused, cut off: retrainings (cut off: over before they ended)"
     )
+    table = Table(box=SIMPLE_HEAD, title=title, caption=caption, padding=(0, 1, 0, 0))
+    table.add_column("policy", no_wrap=True)
+    headings = ("accuracy", "median s", "max s", "inference", "retraining", "floors", "live", "refused", "cut off")
     for heading in headings:
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
     best = max(mean(rows, name, "accuracy") for name in names)
     for name in names:
         accuracy = mean(rows, name, "accuracy")

@@ -30,6 +30,7 @@ POLICIES: dict[str, PolicyEntry] = {
     "thief": PolicyEntry("optimizer.policies.thief", "thief"),
     "thief:one-pass": PolicyEntry("optimizer.policies.thief", "thief_one_pass"),
     "thief:fixed-config": PolicyEntry("optimizer.policies.baselines", "thief_fixed_config"),
+    "thief:fixed-shares": PolicyEntry("optimizer.policies.baselines_study", "thief_fixed_shares"),
     "uniform": PolicyEntry("optimizer.policies.baselines", "uniform"),
     "fair": PolicyEntry("optimizer.policies.baselines", "fair"),
     "none": PolicyEntry("optimizer.policies.baselines", "none", solver=True),
