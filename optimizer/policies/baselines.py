@@ -59,9 +59,9 @@ def retrain_at_level(problem: Problem, level: Level) -> list[int]:
         if loss < best:
             front.append(name)
             best = loss
-    name = front[{"low": 0, "middle": len(front) // 2, "high": -1}[level]] if front else None
+    chosen = front[{"low": 0, "middle": len(front) // 2, "high": -1}[level]] if front else None
     return [
-        next((i for i, p in enumerate(stream.retrain) if p.pinned_gpu is not None or p.retrain_id == name), -1)
+        next((i for i, p in enumerate(stream.retrain) if p.pinned_gpu is not None or p.retrain_id == chosen), -1)
         for stream in problem.streams
     ]
 
