@@ -370,27 +370,27 @@ def _table(rows: Sequence[StudyRow], names: Sequence[str]) -> Table:
     drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
     title = f"{first.streams} streams, {first.gpus} GPUs, {first.windows} windows of {first.window_s:g} s, {drawn}"
     caption = (
-        "median s, max s: wall time of a decision; inference, retraining: part of all GPUs' time granted; floors: "
-        "stream-windows below the floor; live, refused, cut off: retrainings (cut off: over before they ended)"
+        "decision: median and longest wall time in seconds; GPU use: inference + retraining, of all GPUs' time; "
+        "floors: stream-windows below the floor; retrainings: gone live, refused, cut off before they ended"
     )
     table = Table(box=SIMPLE_HEAD, title=title, caption=caption, padding=(0, 1, 0, 0))
     table.add_column("policy", no_wrap=True)
-    headings = ("accuracy", "median s", "max s", "inference", "retraining", "floors", "live", "refused", "cut off")
-    for heading in headings:
+    for heading in ("accuracy", "decision", "GPU use", "floors", "retrainings"):
         table.add_column(heading, justify="right", no_wrap=True)
     best = max(mean(rows, name, "accuracy") for name in names)
     for name in names:
         accuracy = mean(rows, name, "accuracy")
         text = f"{accuracy:.4f}"
         own = [row for row in rows if row.policy == name]
+        median = statistics.median(row.decision_seconds_median for row in own)
+        use = [mean(rows, name, f"gpu_use_{kind}") for kind in ("inference", "retraining")]
         table.add_row(
             name,
             f"[bold green]{text}[/]" if accuracy >= best - 1e-9 else text,
-            f"{statistics.median(row.decision_seconds_median for row in own):.3f}",
-            f"{max(row.decision_seconds_max for row in own):.3f}",
-            f"{mean(rows, name, 'gpu_use_inference'):.0%}",
-            f"{mean(rows, name, 'gpu_use_retraining'):.0%}",
-            *(f"{mean(rows, name, key):g}" for key in ("floors_broken", "promoted", "refused", "unfinished")),
+            f"{median:.3f}, {max(row.decision_seconds_max for row in own):.2f}",
+            f"{use[0]:.0%} + {use[1]:.0%}",
+            f"{mean(rows, name, 'floors_broken'):g}",
+            ", ".join(f"{round(mean(rows, name, key), 1):g}" for key in ("promoted", "refused", "unfinished")),
         )
     return table
 

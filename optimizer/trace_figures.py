@@ -62,9 +62,9 @@ def _panels(
                     means.append(sum(found) / len(found))
                 line(panel, xs, means, index, policy)
         panels[0].set_ylabel("window-averaged accuracy (simulated)")
-        panels[-1].legend(fontsize=8)
+        outside_legend(figure, panels[-1])
 
-    return write_figure(draw, (2.0 + 2.6 * len(values), 3.4), path)
+    return write_figure(draw, (2.6 + 2.6 * len(values), 3.4), path)
 
 
 def line(panel: Axes, xs: Sequence[float], ys: Sequence[float], index: int, label: str) -> None:
@@ -72,6 +72,11 @@ def line(panel: Axes, xs: Sequence[float], ys: Sequence[float], index: int, labe
     colour, mark = COLOURS[index % len(COLOURS)], _MARKS[index % len(_MARKS)]
     panel.plot(xs, ys, color=colour, marker=mark, markersize=4, linewidth=1.4, label=label)
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def outside_legend(figure: Figure, panel: Axes) -> None:
+    """The legend of ``panel`` beside the panels, where it hides no line."""
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
 
 
 def write_figure(draw: Callable[[Figure], None], size_in: tuple[float, float], path: Path) -> list[Path]:
