@@ -99,7 +99,12 @@ def _accuracy_panel(axes: Axes, report: Report, stream: str, points: Sequence[Ac
     times = [point.site_s for point in shown]
     axes.plot(times, [point.accuracy for point in shown], color=colour, lw=0.7, alpha=0.35)
     axes.plot(times, [point.smooth for point in shown], color=colour, lw=1.9, solid_capstyle="round")
-    ends = [w.closes_s if w.closes_s is not None else w.opens_s + report.window_s for w in report.windows]
+    # A window's closing is told when its last counts are in, a little after the next one has opened.
+    nexts = [*(w.opens_s for w in report.windows[1:]), math.inf]
+    ends = [
+        min(following, w.closes_s if w.closes_s is not None else w.opens_s + report.window_s)
+        for w, following in zip(report.windows, nexts, strict=True)
+    ]
     for window, end in zip(report.windows, ends, strict=True):
         axes.axvline(window.opens_s, color=FAINT, lw=1.2)
         row = next((r for r in window.streams if r.stream_id == stream), None)
