@@ -38,6 +38,10 @@ class Account:
         tally.num_dropped += event.num_dropped
         tally.num_objects += event.num_objects
 
+    def peek(self, stream_id: str, window: int) -> Tally:
+        """What has come in so far of a window."""
+        return self._tallies.get((stream_id, window), Tally())
+
     def close(self, stream_id: str, window: int) -> Tally:
         """The tally of a window; it and all older ones of the stream are forgotten."""
         tally = self._tallies.get((stream_id, window), Tally())

@@ -68,8 +68,9 @@ class SiteConfig(Record, frozen=True, kw_only=True):
 
     ``deadline_s``: a plan is there this long after it was asked for, whatever the solver does.
     ``min_executors``: the first window waits for so many. ``replan_s``: with less than this left in a
-    window nothing is planned anew. ``heartbeat_s`` and ``silence_s``: an executor that is silent for
-    ``silence_s`` counts as lost.
+    window nothing is planned anew. ``migration_s`` and ``config_change_s``: seconds of a stream's accuracy that moving
+    it to another GPU, or changing its inference configuration, is reckoned to cost. ``heartbeat_s`` and
+    ``silence_s``: an executor that is silent for ``silence_s`` counts as lost.
     """
 
     name: Name
@@ -81,6 +82,8 @@ class SiteConfig(Record, frozen=True, kw_only=True):
     share_quantum: Share = 0.1
     deadline_s: PositiveSeconds = 1.0
     replan_s: Seconds = 3.0
+    migration_s: Seconds = 1.5
+    config_change_s: Seconds = 0.05
     min_executors: PositiveInt = 1
     heartbeat_s: PositiveSeconds = 0.5
     silence_s: PositiveSeconds = 3.0

@@ -327,6 +327,7 @@ class Coordinator:
             # The first window is planned on what the bootstrap has just measured.
             stream.stage = "done" if first else "label"
             stream.running, stream.settled, stream.swapped, stream.retrain_id = None, False, False, ""
+            stream.shortfall = self._shortfall(stream, window - 1)
             stream.predicted = None
         self._publish(
             WindowOpened(
@@ -340,6 +341,11 @@ class Coordinator:
         self._question = None
         self._want("window opened")
         self._out.insert(0, Save())
+
+    def _shortfall(self, stream: StreamState, window: int) -> float:
+        """How much worse than predicted a stream did in a window, as far as measurements have come in."""
+        realised = self._account.peek(stream.stream_id, window).accuracy
+        return 0.0 if realised is None or stream.predicted is None else stream.predicted - realised
 
     def _end_window(self, now: float) -> None:
         state = self.state
@@ -417,11 +423,10 @@ class Coordinator:
         profiling = state.phase == "profiling"
         problem = questions.make_problem(
             state,
-            self._specs,
+            self.site,
             self.executors,
             now=now,
             left_s=max(left, 0.1),
-            share_quantum=self.site.share_quantum,
             reserved_share=self.site.profiling.share if profiling else 0.0,
             with_retraining=not profiling,
         )

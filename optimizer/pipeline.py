@@ -41,8 +41,9 @@ class Pipeline:
                 continue
             taken = {job.stream.stream_id for job in state.pipeline.values()}
             waiting = [s for s in state.streams.values() if s.stage != "done" and s.stream_id not in taken]
-            # A stream goes on where it began: others may have an executor of their own to wait for.
-            waiting.sort(key=lambda s: (s.serving_executor != executor_id, s.stage == "label"))
+            # What was begun is finished first; then those that fell behind what was predicted, as they have drifted,
+            # should the time for profiling not reach for all. A stream is profiled where it is served if possible.
+            waiting.sort(key=lambda s: (s.stage == "label", -round(s.shortfall, 2), s.serving_executor != executor_id))
             if waiting:
                 state.pipeline[executor_id] = self._job(waiting[0], now, share)
 

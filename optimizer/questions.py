@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
+from optimizer.config import SiteConfig
 from optimizer.execution import share_efficiency
 from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
 from protocol.plan import Problem, RetrainProfile, StreamProfile
@@ -28,12 +29,11 @@ def work_left(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
 
 def make_problem(
     state: SiteState,
-    specs: Mapping[str, StreamSpec],
+    site: SiteConfig,
     executors: Mapping[str, ExecutorState],
     *,
     now: float,
     left_s: float,
-    share_quantum: float,
     reserved_share: float,
     with_retraining: bool,
 ) -> Problem | None:
@@ -41,6 +41,7 @@ def make_problem(
 
     ``reserved_share`` is kept free on every GPU; ``left_s`` is what is left of the window, seconds.
     """
+    specs = {spec.stream_id: spec for spec in site.streams}
     streams = tuple(
         _stream(stream, specs[stream.stream_id], executors, now, with_retraining)
         for stream in state.streams.values()
@@ -52,7 +53,14 @@ def make_problem(
         msgspec.structs.replace(executor.gpu, gpu_id=executor_id, reserved_share=reserved_share)
         for executor_id, executor in sorted(executors.items())
     )
-    return Problem(window_s=left_s, gpus=gpus, streams=streams, share_quantum=share_quantum)
+    return Problem(
+        window_s=left_s,
+        gpus=gpus,
+        streams=streams,
+        share_quantum=site.share_quantum,
+        config_change_s=site.config_change_s,
+        migration_s=site.migration_s,
+    )
 
 
 def _stream(

@@ -49,6 +49,7 @@ class RunningRetrain(msgspec.Struct, kw_only=True):
 class StreamState(msgspec.Struct, kw_only=True):
     """One stream. ``stage``: how far its profiling is. ``profile``: this window's estimates.
 
+    ``shortfall``: how much the last window fell behind what was predicted; such streams are profiled first.
     ``settled``: its retraining of this window ended, was refused or failed; no other is started.
     """
 
@@ -66,6 +67,7 @@ class StreamState(msgspec.Struct, kw_only=True):
     serving_config: InferenceConfig | None = None
     serving_share: float = 0.0
     predicted: float | None = None
+    shortfall: float = 0.0
 
 
 class SiteState(msgspec.Struct, kw_only=True):
