@@ -100,7 +100,7 @@ def _accuracy_panel(axes: Axes, report: Report, stream: str, points: Sequence[Ac
     axes.plot(times, [point.accuracy for point in shown], color=colour, lw=0.7, alpha=0.35)
     axes.plot(times, [point.smooth for point in shown], color=colour, lw=1.9, solid_capstyle="round")
     # A window's closing is told when its last counts are in, a little after the next one has opened.
-    nexts = [*(w.opens_s for w in report.windows[1:]), math.inf]
+    nexts = [*(w.opens_s for w in report.windows), math.inf][1:]
     ends = [
         min(following, w.closes_s if w.closes_s is not None else w.opens_s + report.window_s)
         for w, following in zip(report.windows, nexts, strict=True)
