@@ -162,6 +162,54 @@ def simulate(
 
 
 @app.command()
+def capacity(
+    trace: TraceFile,
+    target: Annotated[float, typer.Option(help="Accuracy that has to be kept.")] = 0.75,
+    gpus: Annotated[str, typer.Option(help="Numbers of GPUs, separated by commas.")] = "1,2,4,8",
+    streams: Annotated[
+        int | None, typer.Option(help="Also: the GPUs that the other policies need to be as accurate as the first.")
+    ] = None,
+    windows: Annotated[int, typer.Option(min=1, help="Windows to simulate.")] = 3,
+    policies: Policies = "milp,thief,uniform,none",
+    seed: Annotated[str, typer.Option(help="Seed that draws the streams; several separated by commas.")] = "0",
+    inference: InferenceFile = None,
+    predicted: Predicted = False,
+    window_s: WindowSeconds = 200.0,
+    full_share: FullShare = 0.25,
+    share_quantum: Quantum = 0.1,
+    budget: Budget = 1.0,
+    max_streams: Annotated[int, typer.Option(help="Search no further than to so many streams.")] = 64,
+    max_gpus: Annotated[int, typer.Option(help="Search no further than to so many GPUs.")] = 32,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for JSON and a plot.")] = None,
+) -> None:
+    """The most streams that each policy keeps at an accuracy, and the GPUs that it needs; by simulation."""
+    from optimizer.capacity import capacity as measure
+    from optimizer.simulate import make_study
+    from optimizer.trace_world import StudyKnobs
+
+    knobs = StudyKnobs(
+        num_windows=windows,
+        window_s=window_s,
+        predicted=predicted,
+        full_share=full_share,
+        share_quantum=share_quantum,
+    )
+    measure(
+        make_study(trace, inference, knobs, budget),
+        policies=[name for name in policies.split(",") if name],
+        gpus=gpus,
+        target=target,
+        seeds=seed,
+        max_streams=max_streams,
+        num_streams=streams,
+        max_gpus=max_gpus,
+        as_json=as_json,
+        out=out,
+    )
+
+
+@app.command()
 def watch(
     address: Annotated[str, typer.Argument(help="The optimizer's control address, tcp://HOST:PORT.")],
 ) -> None:

@@ -99,6 +99,11 @@ class Study:
             self._rows[key] = made(site, policy, solver, num_gpus, seed)
         return self._rows[key]
 
+    @property
+    def num_simulated(self) -> int:
+        """How many sites have been simulated so far."""
+        return len(self._rows)
+
     def _solver(self, policy: str) -> InProcess:
         if policy not in self._solvers:
             self._solvers[policy] = InProcess(policy, self.budget_s, free_profiling=not self.knobs.profiling)
