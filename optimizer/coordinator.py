@@ -18,7 +18,7 @@ import msgspec
 from optimizer import questions
 from optimizer.account import Account
 from optimizer.config import SiteConfig
-from optimizer.following import desired_jobs, retraining, served, stamp_positions
+from optimizer.following import desired_jobs, retraining, served, serving_job_id, stamp_positions
 from optimizer.gate import decide
 from optimizer.objective import judge
 from optimizer.pipeline import Pipeline
@@ -38,7 +38,7 @@ from optimizer.ports import (
     Solved,
     Tick,
 )
-from optimizer.state import ExecutorState, Retraining, RunningRetrain, SiteState, StreamState
+from optimizer.state import ExecutorState, Leaving, Retraining, RunningRetrain, SiteState, StreamState
 from optimizer.summaries import plan_solved, stream_window
 from protocol import messages as m
 from protocol.events import (
@@ -58,6 +58,9 @@ _RESEND_S = 1.0
 _LIFETIME_S = 5.0
 # The last measurements of a window travel about this long after its end.
 _CLOSING_S = 1.5
+
+# A stream that moves to another GPU is served at the old place for at most so long.
+_MOVE_S = 3.0
 
 _WINDOW_PHASES = ("profiling", "planning", "executing")
 
@@ -195,6 +198,8 @@ class Coordinator:
         for stream in self.state.streams.values():
             if stream.serving_executor == executor_id:
                 stream.serving_executor = ""
+            if stream.leaving and stream.leaving.executor_id == executor_id:
+                stream.leaving = None
             if stream.running and stream.running.executor_id == executor_id:
                 stream.running = None
 
@@ -486,11 +491,35 @@ class Coordinator:
                 continue
             serve = served(assignment, stream.profile, state.ended)
             if serve is not None and serve.executor_id in self.executors:
+                if serve.executor_id != stream.serving_executor:
+                    self._move(stream, now)
                 stream.serving_executor = serve.executor_id
                 stream.serving_config, stream.serving_share = serve.config, serve.share
             wish = retraining(assignment, stream.profile, state.ended)
             if not stream.settled:
                 self._set_retraining(stream, wish, assignment.retrain is not None, now)
+
+    def _move(self, stream: StreamState, now: float) -> None:
+        """The stream is to be served elsewhere; the old place goes on until the new one is ready."""
+        old, config = stream.serving_executor, stream.serving_config
+        stream.leaving = None
+        if old in self.executors and config is not None:
+            stream.leaving = Leaving(executor_id=old, config=config, share=stream.serving_share, since_s=now)
+
+    def _let_go(self, now: float) -> None:
+        """End the old place of a moved stream when the new one is ready.
+
+        Two streams that change places may each wait for the other's share, so that it is not waited for ever.
+        """
+        for stream in self.state.streams.values():
+            leaving = stream.leaving
+            if leaving is None:
+                continue
+            home = self.executors.get(stream.serving_executor)
+            job_id = serving_job_id(stream.stream_id)
+            ready = home is not None and any(w.job_id == job_id and w.state == "ready" for w in home.workers)
+            if ready or leaving.executor_id == stream.serving_executor or now - leaving.since_s > _MOVE_S:
+                stream.leaving = None
 
     def _set_retraining(self, stream: StreamState, wish: Retraining | None, planned: bool, now: float) -> None:
         running = stream.running
@@ -539,6 +568,7 @@ class Coordinator:
         if state.phase == "finished" or self._adopt_until_s is not None or self._over:
             return
         self._follow(now)
+        self._let_go(now)
         wanted = desired_jobs(state, self._specs, self.executors)
         changed = [e for e in self.executors if self._jobs.get(e) != wanted[e] or self._window_of(e) != state.window]
         if changed:

@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterable
 
 import msgspec
 
-from optimizer.state import Retraining, Served, SiteState
+from optimizer.state import Retraining, Served, SiteState, StreamState
 from protocol.messages import InferenceJob, Job
 from protocol.plan import Assignment, InferenceStep, StreamProfile
-from protocol.schema import Name, StreamSpec
+from protocol.schema import InferenceConfig, Name, StreamSpec
 
 
 def current_step(assignment: Assignment, ended: Collection[str]) -> InferenceStep:
@@ -61,18 +61,25 @@ def serving_job_id(stream_id: Name) -> str:
 def desired_jobs(state: SiteState, specs: dict[str, StreamSpec], executors: Iterable[str]) -> dict[str, list[Job]]:
     """Every executor's complete desired state. ``position_s`` is left at 0: it is stamped when sent."""
     jobs: dict[str, list[Job]] = {executor_id: [] for executor_id in executors}
-    for stream in state.streams.values():
-        if stream.checkpoint and stream.serving_config and stream.serving_executor in jobs:
-            jobs[stream.serving_executor].append(
+
+    def serve(stream: StreamState, executor_id: str, config: InferenceConfig, share: float) -> None:
+        if stream.checkpoint and executor_id in jobs:
+            jobs[executor_id].append(
                 InferenceJob(
                     job_id=serving_job_id(stream.stream_id),
                     stream=specs[stream.stream_id],
-                    share=stream.serving_share,
-                    config=stream.serving_config,
+                    share=share,
+                    config=config,
                     checkpoint=stream.checkpoint,
                     position_s=0.0,
                 )
             )
+
+    for stream in state.streams.values():
+        if stream.serving_config:
+            serve(stream, stream.serving_executor, stream.serving_config, stream.serving_share)
+        if stream.leaving:
+            serve(stream, stream.leaving.executor_id, stream.leaving.config, stream.leaving.share)
         if stream.running and stream.running.executor_id in jobs:
             jobs[stream.running.executor_id].append(
                 msgspec.structs.replace(stream.running.job, share=stream.running.share)

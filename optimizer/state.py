@@ -46,6 +46,15 @@ class RunningRetrain(msgspec.Struct, kw_only=True):
     started_s: float
 
 
+class Leaving(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a stream was served before it moved; it is served there until the new place is ready."""
+
+    executor_id: str
+    config: InferenceConfig
+    share: float
+    since_s: float
+
+
 class StreamState(msgspec.Struct, kw_only=True):
     """One stream. ``stage``: how far its profiling is. ``profile``: this window's estimates.
 
@@ -66,6 +75,7 @@ class StreamState(msgspec.Struct, kw_only=True):
     serving_executor: str = ""
     serving_config: InferenceConfig | None = None
     serving_share: float = 0.0
+    leaving: Leaving | None = None
     predicted: float | None = None
     shortfall: float = 0.0
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from profiler.history import History
 from profiler.microprofiler import EstimatorKnobs, estimate_in_detail
+from profiler.priors import fit_prior
 from profiler.records import Outcome, TrialChoice
 from profiler.trials import TrialKnobs, choose_trials
 from protocol.plan import StreamProfile
@@ -47,6 +48,7 @@ class SiteProfiler:
             dataset,
             self._history.view(spec.stream_id),
             budget_gpu_s=self._budget_gpu_s,
+            label_s_per_frame=spec.golden.seconds_per_frame,
             knobs=self._trial_knobs,
         )
         log.debug(
@@ -67,6 +69,7 @@ class SiteProfiler:
             self._retrain,
             self._inference,
             self._history.view(spec.stream_id),
+            prior=fit_prior(self._history.observations()),
             knobs=self._estimator_knobs,
         )
         now = self._wall_clock()

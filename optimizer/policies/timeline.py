@@ -12,25 +12,27 @@ from __future__ import annotations
 import time
 
 import msgspec
-import numpy as np
 
 from optimizer.objective import judge, stamped
-from optimizer.policies.timeline_bound import Dual, carried_over, opening_prices, solve_dual
+from optimizer.policies.timeline_bound import Dual, dual_of_few, dual_of_many, opening_grid, refined
 from optimizer.policies.timeline_layout import Layout, Snapshot, Tables
 from optimizer.policies.timeline_model import build_model
 from optimizer.policies.timeline_plan import assignments_of
-from optimizer.policies.timeline_pricing import Pricer
 from optimizer.policies.timeline_search import Search
-from optimizer.policies.timeline_start import overloaded, pack_inference, promising_trainings, queue_retrainings
+from optimizer.policies.timeline_start import (
+    overloaded,
+    pack_inference,
+    promising_trainings,
+    queue_retrainings,
+    spread_inference,
+)
 from protocol.plan import Assignment, Plan, Problem, SolveReport, SolveStatus
 
 POLICY = "timeline"
 MANY_STREAMS = 150  # beyond, the linear master costs more than it gains
-FEW_STREAMS = 60
-ALL_CUTS, SOME_CUTS = 9, 6
-SUBGRADIENT_STEPS, MASTER_ROUNDS = 60, 40
 STEPS_PER_STREAM = 1000
 HOT = 1e-2  # first temperature of a search, per stream
+PILOT_STEPS = 200
 PATIENCE = 3  # rounds without improvement after which searching ends
 
 
@@ -98,8 +100,12 @@ class _Solving:
             later = half + 0.3 * (self.deadline - half)
             self.bound = self._dual(self.judged, everyone, later).bound
         queue_retrainings(layout, dual)
-        best = self._improve(layout, dual)
-        layout.load(best)
+        spread = spread_inference(layout.t, dual)
+        if spread is not None:
+            queue_retrainings(spread, dual)
+            if spread.total > layout.total:
+                layout = spread
+        layout.load(self._improve(layout, dual))
         return self._report(assignments_of(layout), "feasible")
 
     def _below_floors(self) -> Layout | None:
@@ -132,16 +138,10 @@ class _Solving:
         )
 
     def _dual(self, problem: Problem, no_floor: frozenset[int], deadline: float) -> Dual:
-        """Prices of plain share and memory first; then, for few streams, of what does not pack as well."""
-        count = len(problem.streams)
-        grid_s = np.linspace(0.0, problem.window_s, problem.num_slots + 1)
-        pricer = Pricer(build_model(problem, no_floor=no_floor), grid_s)
-        dual = solve_dual(pricer, opening_prices(pricer), deadline, SUBGRADIENT_STEPS, 0)
-        if count > MANY_STREAMS or time.monotonic() > deadline:
-            return dual
-        cuts = ALL_CUTS if count <= FEW_STREAMS else SOME_CUTS
-        pricer = Pricer(build_model(problem, no_floor=no_floor, cuts=cuts), grid_s)
-        return solve_dual(pricer, carried_over(dual, pricer), deadline, 0, MASTER_ROUNDS)
+        grid_s = opening_grid(problem.window_s, problem.num_slots)
+        if len(problem.streams) > MANY_STREAMS:
+            return dual_of_many(problem, no_floor, grid_s, deadline)
+        return dual_of_few(problem, no_floor, grid_s, deadline)
 
     # ------------------------------------------------------------ search
 
@@ -151,19 +151,26 @@ class _Solving:
         count = layout.t.num_streams
         seed, idle = self.seed, 0
         steps = STEPS_PER_STREAM * count
-        hot = HOT / count
+        own_bound = self.judged is self.problem and not self.given_up
+        refinable = count <= MANY_STREAMS
         while idle < PATIENCE and time.monotonic() < self.deadline:
-            search = Search(layout, promising_trainings(layout, dual, dual.bound - best.total + 1e-9), seed)
             goal = dual.bound * (1.0 - self.target_gap)
+            search = Search(layout, promising_trainings(layout, dual, dual.bound - best.total + 1e-9), seed)
             before = time.monotonic()
-            pilot = search.run(self.deadline, min(steps, 200), 0.0, goal)
+            pilot = search.run(self.deadline, min(steps, PILOT_STEPS), 0.0, goal)
             pace = (time.monotonic() - before) / max(1, pilot)
             affordable = int((self.deadline - time.monotonic()) / max(pace, 1e-6))
             if search.best.total < goal and affordable > 0:
-                search.run(self.deadline, min(steps, affordable), hot, goal)
+                search.run(self.deadline, min(steps, affordable), HOT / count, goal)
             idle = 0 if search.best.total > best.total + 1e-9 else idle + 1
             if search.best.total > best.total:
                 best = search.best
+            if best.total < goal and refinable:
+                dual = refined(dual, time.monotonic() + 0.3 * max(0.0, self.deadline - time.monotonic()))
+                refinable = False
+                if own_bound:
+                    self.bound = dual.bound
+                goal = dual.bound * (1.0 - self.target_gap)
             if best.total >= goal:
                 break
             layout.load(best)

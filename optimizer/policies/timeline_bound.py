@@ -6,15 +6,21 @@ Every price vector that is ever tried gives a valid bound; the smallest is kept.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import msgspec
 import numpy as np
 from ortools.linear_solver import pywraplp
 
-from optimizer.policies.timeline_model import Floats, Ints, Model
-from optimizer.policies.timeline_pricing import Priced, Pricer
+from optimizer.policies.timeline_model import Floats, Ints, Model, build_model
+from optimizer.policies.timeline_pricing import Priced, Pricer, coarse_modes, exact_bound, with_modes
+from protocol.plan import Problem
 
 CONVERGED = 2e-5
+GRID_BEND = 1.7
+CUTS = 6
+SUBGRADIENT_STEPS, MASTER_ROUNDS = 60, 40
+SAMPLE, POLISHING_STEPS = 100, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,7 @@ class Master:
 
     def __init__(self, pricer: Pricer) -> None:
         self.pricer = pricer
-        self.solver = pywraplp.Solver.CreateSolver("GLOP")
+        self.solver = pywraplp.Solver.CreateSolver("CLP")
         if self.solver is None:
             raise RuntimeError("this build of OR-Tools has no GLOP")
         model, infinity = pricer.model, self.solver.infinity()
@@ -132,7 +138,13 @@ class Master:
     def solve(self, seconds: float) -> tuple[float, Floats] | None:
         """(value, prices) of the linear master; None where the solver gives no optimum."""
         self.solver.SetTimeLimit(max(1, int(1000 * seconds)))
-        if self.solver.Solve() != pywraplp.Solver.OPTIMAL:
+        status = self.solver.Solve()
+        if status != pywraplp.Solver.OPTIMAL:
+            # The primal simplex gives up now and then (numerically); the dual simplex then finishes.
+            self.solver.SetSolverSpecificParametersAsString("use_dual_simplex: true")
+            status = self.solver.Solve()
+            self.solver.SetSolverSpecificParametersAsString("use_dual_simplex: false")
+        if status != pywraplp.Solver.OPTIMAL:
             return None
         dual = np.array([[row.dual_value() for row in line] for line in self.rows])
         prices = np.maximum(0.0, dual) / self.pricer.length_s / self.scale[:, None]
@@ -182,3 +194,55 @@ def solve_dual(pricer: Pricer, prices: Floats, deadline: float, iterations: int,
     if mode is None:
         mode, start_s = final.mode, final.start_s
     return Dual(min(bound, final.bound), best, pricer, final, mode, start_s, made)
+
+
+def opening_grid(window_s: float, cells: int) -> Floats:
+    """Grid points of ``cells`` cells, shorter at the start, where shares are dear and prices move most."""
+    return window_s * np.linspace(0.0, 1.0, cells + 1) ** GRID_BEND
+
+
+def halved(grid_s: Floats) -> Floats:
+    """The grid with every cell cut in two."""
+    fine = np.empty(2 * len(grid_s) - 1)
+    fine[::2] = grid_s
+    fine[1::2] = 0.5 * (grid_s[1:] + grid_s[:-1])
+    return fine
+
+
+def dual_of_few(
+    problem: Problem, no_floor: frozenset[int], grid_s: Floats, deadline: float, first: Floats | None = None
+) -> Dual:
+    """Prices of plain share and memory by subgradient steps, then of what does not pack by the linear master."""
+    plain = Pricer(build_model(problem, no_floor=no_floor), grid_s)
+    dual = solve_dual(plain, opening_prices(plain), deadline, SUBGRADIENT_STEPS, 0)
+    if time.monotonic() > deadline:
+        return dual
+    pricer = Pricer(build_model(problem, no_floor=no_floor, cuts=CUTS), grid_s)
+    return solve_dual(pricer, carried_over(dual, pricer), deadline, 0, MASTER_ROUNDS)
+
+
+def refined(dual: Dual, deadline: float) -> Dual:
+    """``dual`` on a grid twice as fine; never a worse bound."""
+    pricer = Pricer(dual.pricer.model, halved(dual.pricer.grid_s))
+    finer = solve_dual(pricer, np.repeat(dual.prices, 2, axis=1), deadline, 0, MASTER_ROUNDS)
+    return finer if finer.bound < dual.bound else dual
+
+
+def dual_of_many(problem: Problem, no_floor: frozenset[int], grid_s: Floats, deadline: float) -> Dual:
+    """Prices found on a sample of the streams and few shares, polished on all streams, proven on all shares."""
+    count = len(problem.streams)
+    model = build_model(problem, no_floor=no_floor)
+    coarse = with_modes(model, coarse_modes(model))
+    sample = np.sort(np.random.default_rng(0).choice(count, SAMPLE, replace=False))
+    kept = msgspec.structs.replace(problem, streams=tuple(problem.streams[v] for v in sample))
+    # Positions in the sample stand for positions in the problem.
+    small = build_model(kept, no_floor=frozenset(i for i, v in enumerate(sample) if int(v) in no_floor))
+    small = replace(small, capacities=model.capacities[: small.num_rows] * (SAMPLE / count))
+    small = with_modes(small, coarse_modes(small))
+    prices = opening_prices(Pricer(model=small, grid_s=grid_s)) * (count / SAMPLE)
+    if small.num_rows == model.num_rows:
+        half = time.monotonic() + 0.4 * max(0.0, deadline - time.monotonic())
+        _, prices, _ = descend(Pricer(small, grid_s), prices, half, SUBGRADIENT_STEPS)
+    prices = prices * float(model.weight[sample].sum())
+    dual = solve_dual(Pricer(coarse, grid_s), prices, deadline, POLISHING_STEPS, 0)
+    return replace(dual, bound=exact_bound(model, grid_s, dual.prices))

@@ -8,7 +8,7 @@ end meets a grid point.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from optimizer.objective import ACCURACY_TOLERANCE
 from optimizer.policies.timeline_model import Bools, Floats, Ints, Model
 
 NEVER = -1e9
+MODES_AT_ONCE = 40_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,40 @@ class Priced:
     start_s: Floats  # V
     end_s: Floats  # V
     bound: float
+
+
+def with_modes(model: Model, keep: Ints) -> Model:
+    """``model`` with the modes at positions ``keep`` only (ascending)."""
+    return replace(
+        model,
+        mode_case=model.mode_case[keep],
+        mode_class=model.mode_class[keep],
+        mode_quanta=model.mode_quanta[keep],
+        mode_seconds=model.mode_seconds[keep],
+        mode_pinned=model.mode_pinned[keep],
+    )
+
+
+def coarse_modes(model: Model) -> Ints:
+    """Positions of the modes with the largest share and the one nearest to half of it, per case and class."""
+    group = model.mode_case * len(model.classes) + model.mode_class
+    last = np.ones(len(group), dtype=bool)
+    last[:-1] = group[1:] != group[:-1]
+    most = model.mode_quanta[np.flatnonzero(last)][np.cumsum(last) - last]
+    return np.flatnonzero(last | (model.mode_quanta == (most + 1) // 2))
+
+
+def exact_bound(model: Model, grid_s: Floats, prices: Floats) -> float:
+    """The Lagrangian bound over all modes of ``model``, part by part, so that memory stays small."""
+    worth: Floats | None = None
+    bound = 0.0
+    for first in range(0, max(1, len(model.mode_case)), MODES_AT_ONCE):
+        part = np.arange(first, min(first + MODES_AT_ONCE, len(model.mode_case)))
+        pricer = Pricer(with_modes(model, part), grid_s)
+        here = pricer.price(prices).worth
+        worth = here if worth is None else np.maximum(worth, here)
+        bound = float(worth.sum() + (prices * pricer.capacity_s).sum())
+    return bound
 
 
 class Pricer:
@@ -91,11 +126,25 @@ class Pricer:
     def option_prices(self, prices: Floats) -> Floats:
         """Price per second of every option in every cell; shape (V, L, K)."""
         model = self.model
-        cost = (model.item_use.T @ prices)[self._option_item]
+        cost: Floats = (model.item_use.T @ prices)[self._option_item]
         if self.with_memory:
             held = np.where(self._memory_row >= 0, model.option_bytes, 0.0)
             cost += held[:, :, None] * prices[self._memory_row]
         return cost
+
+    def opening_options(self, prices: Floats) -> Ints:
+        """Per stream and class, the best option in the first cell, counted among the class's options; -1 = none."""
+        model = self.model
+        worth = self._rate_now - self.option_prices(prices)[:, :, 0]
+        best = np.full((model.num_streams, len(model.classes)), -1, dtype=np.int64)
+        for c in range(len(model.classes)):
+            mine = model.option_class == c
+            usable = np.where(mine & model.serves, worth, -np.inf)
+            top = usable.argmax(axis=1)
+            rank = np.cumsum(mine, axis=1) - 1
+            rows = np.arange(model.num_streams)
+            best[:, c] = np.where(usable[rows, top] > -np.inf, rank[rows, top], -1)
+        return best
 
     def _swap_price(self, prices: Floats) -> Floats:
         """Price per second and byte of swap room beside every option; shape (V, L, K)."""
@@ -262,11 +311,11 @@ class Pricer:
     def overlap_s(self, start_s: Floats, end_s: Floats) -> Floats:
         """Seconds of each interval in each cell; shape (n, K)."""
         lo, hi = self.grid_s[None, :-1], self.grid_s[None, 1:]
-        return np.clip(np.minimum(end_s[:, None], hi) - np.maximum(start_s[:, None], lo), 0.0, None)
+        return np.asarray(np.clip(np.minimum(end_s[:, None], hi) - np.maximum(start_s[:, None], lo), 0.0, None))
 
     def total_usage(self, prices: Floats, priced: Priced) -> Floats:
         """Row-seconds that all priced schedules use together; shape (rows, K)."""
-        return self.usage(prices, priced)[1].sum(axis=0)
+        return np.asarray(self.usage(prices, priced)[1].sum(axis=0))
 
     def usage(self, prices: Floats, priced: Priced) -> tuple[Floats, Floats]:
         """(value, row-seconds used) of the priced schedules: shapes (V) and (V, rows, K).

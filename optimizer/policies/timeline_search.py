@@ -229,6 +229,23 @@ class Search:
         index = int(self.rng.random() * len(choices))
         return index if choices[index].allowed else -1
 
+    def _spare(self, g: int) -> int:
+        """Quanta of ``g`` that its residents do not hold."""
+        layout, t = self.layout, self.t
+        choices, c = t.choices, t.class_of[g]
+        spare = t.capacity[g]
+        for u in layout.residents[g]:
+            spare -= choices[u][c][layout.base[u]].quanta
+        return spare
+
+    def _fitting_choice(self, v: int, g: int, spare: int) -> int:
+        """An option of ``v`` on ``g`` within ``spare`` quanta, -1 = none: often the largest, else any."""
+        choices = self.t.choices[v][self.t.class_of[g]]
+        fitting = [i for i, choice in enumerate(choices) if choice.allowed and choice.quanta <= spare]
+        if not fitting:
+            return -1
+        return fitting[-1] if self.rng.random() < 0.6 else fitting[int(self.rng.random() * len(fitting))]
+
     def _rehost(self, v: int) -> tuple[set[int], Undoing] | None:
         """Serve ``v`` on another GPU."""
         layout, rng, t = self.layout, self.rng, self.t
@@ -237,7 +254,9 @@ class Search:
         if g == h or layout.second[v] == h:
             return None
         old = layout.base[v]
-        new = old if t.class_of[g] == t.class_of[h] and rng.random() < 0.5 else self._draw_choice(v, h)
+        new = old if t.class_of[g] == t.class_of[h] and rng.random() < 0.3 else -1
+        if new < 0:
+            new = self._fitting_choice(v, h, self._spare(h))
         if new < 0:
             return None
         self._place(v, g, h, new)
@@ -280,7 +299,11 @@ class Search:
             new = int(rng.random() * t.num_gpus)
             if new == layout.host[v] or not layout.queue[new]:
                 return None
-            base = self._draw_choice(v, new)
+            spare = self._spare(new)
+            for u in layout.arrivals[new]:
+                if u != v:
+                    spare -= t.choices[u][t.class_of[new]][layout.second_base[u]].quanta
+            base = self._fitting_choice(v, new, spare)
             if base < 0:
                 return None
         gpus = {g for g in (old, new) if g >= 0}

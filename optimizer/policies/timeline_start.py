@@ -81,6 +81,56 @@ def _first_fit(tables: Tables, order: list[int]) -> Layout | None:
     return layout if layout.settle(set(range(tables.num_gpus))) is not None else None
 
 
+def spread_inference(tables: Tables, dual: Dual) -> Layout | None:
+    """Every stream with the option that is best at the opening prices, on the GPU that is loaded least.
+
+    GPUs then retrain beside their own streams, which suits many streams per GPU. None where it does not fit.
+    """
+    wanted = dual.pricer.opening_options(dual.prices)
+    classes = range(len(tables.rates))
+    small = [[_smallest(tables, v, c) for c in classes] for v in range(tables.num_streams)]
+    layout = Layout(tables)
+    # What is left for every stream after the smallest options of all is shared out by prices.
+    free = list(tables.capacity)
+    room = list(tables.memory)
+    sizes = [
+        max((tables.choices[v][c][small[v][c]].quanta for c in classes if small[v][c] >= 0), default=0)
+        for v in range(tables.num_streams)
+    ]
+    for v in sorted(range(tables.num_streams), key=lambda v: (-sizes[v], v)):
+        best: tuple[bool, float, int] | None = None
+        for g in range(tables.num_gpus):
+            index = small[v][tables.class_of[g]]
+            if index < 0:
+                continue
+            choice = tables.choices[v][tables.class_of[g]][index]
+            if choice.quanta <= free[g] and choice.num_bytes <= room[g]:
+                away = tables.with_changes and tables.serving[v] is not None and tables.serving[v] != g
+                spot = (away, -(free[g] - choice.quanta) * tables.rates[tables.class_of[g]][-1], g)
+                best = spot if best is None else min(best, spot)
+        if best is None:
+            return None
+        g = best[2]
+        index = small[v][tables.class_of[g]]
+        free[g] -= tables.choices[v][tables.class_of[g]][index].quanta
+        room[g] -= tables.choices[v][tables.class_of[g]][index].num_bytes
+        layout.host[v], layout.base[v] = g, index
+        layout.residents[g].append(v)
+    for v in range(tables.num_streams):
+        g = layout.host[v]
+        c = tables.class_of[g]
+        index = int(wanted[v, c])
+        if index < 0 or not tables.choices[v][c][index].allowed:
+            continue
+        old, new = tables.choices[v][c][layout.base[v]], tables.choices[v][c][index]
+        more, more_bytes = new.quanta - old.quanta, new.num_bytes - old.num_bytes
+        if 0 < more <= free[g] and more_bytes <= room[g]:
+            free[g] -= more
+            room[g] -= more_bytes
+            layout.base[v] = index
+    return layout if layout.settle(set(range(tables.num_gpus))) is not None else None
+
+
 def overloaded(problem: Problem) -> tuple[Assignment, ...]:
     """Every stream served as cheaply as can be, for problems in which that does not fit: breaks what it must."""
     quantum = problem.share_quantum

@@ -190,3 +190,33 @@ def test_an_unacknowledged_plan_is_sent_again_unchanged() -> None:
 
 def test_worlds_do_not_share_state() -> None:
     assert TestWorld().models == {}
+
+
+def test_a_stream_that_moves_is_served_at_the_old_place_until_the_new_one_is_ready() -> None:
+    run, world, _ = simulation(site(num_streams=3, migration_s=0.0), num_gpus=1, num_windows=None)
+    run.run(until_s=150.0)
+    run.join(SimulatedExecutor(GpuSpec(gpu_id="gpu9"), world))
+    run.run(until_s=run.now + 0.4)
+    moved = [s for s in run.coordinator.state.streams.values() if s.serving_executor == "gpu9"]
+    assert moved
+    job_id = f"serve/{moved[0].stream_id}"
+    assert job_id in run.executors["gpu0"].serving
+    assert job_id in run.executors["gpu9"].serving
+    worker = m.WorkerStatus(
+        job_id=job_id,
+        kind="inference",
+        stream_id=moved[0].stream_id,
+        pid=1,
+        state="ready",
+        share_granted=0.2,
+        share_achieved=None,
+        progress=1,
+    )
+    beat = m.Heartbeat(
+        executor_id="gpu9", incarnation="1", loop_count=1, held=run.executors["gpu9"].held, workers=(worker,)
+    )
+    run.give(Received(executor_id="gpu9", message=beat))
+    assert job_id not in run.executors["gpu0"].serving
+    run.run(until_s=run.now + 4.0)
+    for other in moved[1:]:
+        assert f"serve/{other.stream_id}" not in run.executors["gpu0"].serving
