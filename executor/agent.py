@@ -181,7 +181,8 @@ class Fence:
         """Take the plan over, or say why not.
 
         ``received_s`` and ``now`` are this machine's monotonic clock, at the earliest time of receipt and at
-        this step; they differ when the loop was late. ``taken_s`` keeps the latter. Shares of ``settled`` jobs do not count: nothing runs for them.
+        this step; they differ when the loop was late. ``taken_s`` keeps the latter. Shares of ``settled``
+        jobs do not count: nothing runs for them.
         """
         if self.held is not None and plan.version == self.held:
             return PlanApplied(executor_id=self.executor_id, version=plan.version)
