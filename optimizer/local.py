@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -24,12 +25,20 @@ from protocol.errors import EkyaError
 from protocol.events import Notice, PlanSolved, TelemetryEvent, WindowClosed, WindowOpened
 
 _STOP_GRACE_S = 10.0
+_PR_SET_PDEATHSIG = 1
+# Loaded before any fork: a child must not load libraries between fork and exec.
+_LIBC = ctypes.CDLL(None)
 
 
 def local_devices(count: int) -> tuple[str, ...]:
     """``count`` CPU devices of this machine, fewer when it has fewer cores."""
     cores = sorted(os.sched_getaffinity(0))
     return tuple(f"cpu:{core}" for core in cores[:count])
+
+
+def _end_with_parent() -> None:
+    """An executor by itself outlives its optimizer; one of a demo must not, even if the demo is killed."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 class LocalExecutors:
@@ -44,7 +53,12 @@ class LocalExecutors:
             command = [sys.executable, "-m", "executor.cli", "--device", device, "--connect", address]
             # A group of their own: Ctrl-C reaches the optimizer, which then stops them in order.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log_file, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,  # noqa: PLW1509 - this process starts no threads of its own
             )
             self._processes.append((device, process))
 
