@@ -17,7 +17,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from executor.agent import Fence, changes_of, reconcile
 from executor.config import ExecutorConfig
-from executor.links import Progress, Ready, Report, SetShare, StartJob, StreamStats
+from executor.links import Progress, Ready, Report, SetShare, StartJob
 from executor.outbox import Outbox
 from executor.processes import ForkServer
 from executor.roster import Roster
@@ -26,9 +26,10 @@ from executor.shares.backend import ShareBackend
 from executor.shares.devices import Device, gpu_spec
 from executor.signals import SignalWakeup
 from executor.supervisor import Exited, Supervisor
+from executor.telemetry import numbers_of
 from protocol import sockets
 from protocol.errors import InputError, UnreachableError, VersionMismatchError, WorkerError
-from protocol.events import JobShare, Notice, StreamAccuracy, TelemetryEvent
+from protocol.events import Notice, TelemetryEvent
 from protocol.logs import line
 from protocol.messages import (
     PROTOCOL_VERSION,
@@ -102,7 +103,6 @@ class Service:
         self._stalled_s = self._stall_over_s = 0.0
         self._site_offset_s: float | None = None
         self._leaving = ""
-        self._exit_code = 0
         self._complaint = ""
 
     # ------------------------------------------------------------ the loop
@@ -312,7 +312,9 @@ class Service:
             )
         for effect in self._roster.reported(worker_id, report, now):
             self._carry_out(effect, now)
-        self._publish_numbers(worker, report)
+        window = self._fence.held.window if self._fence.held else -1
+        for numbers in numbers_of(worker, report, self._gpu.gpu_id, self.backend.name, window):
+            self._tell(numbers)
 
     def _look_after_backend(self) -> None:
         trouble = self.backend.check(self._clock())
@@ -441,43 +443,6 @@ class Service:
         events, self._roster.events = self._roster.events, []
         for event in events:
             self._tell(event)
-
-    def _publish_numbers(self, worker: Worker, report: Report) -> None:
-        job = worker.job
-        if isinstance(report, Progress):
-            self._tell(
-                JobShare(
-                    job_id=job.job_id,
-                    kind=worker.kind,
-                    stream_id=job.stream.stream_id,
-                    gpu_id=self._gpu.gpu_id,
-                    share_granted=job.share,
-                    share_achieved=report.share_achieved,
-                    backend=self.backend.name,
-                )
-            )
-        elif isinstance(report, StreamStats):
-            self._tell(accuracy_event(job, report, self._fence.held.window if self._fence.held else -1))
-
-
-def accuracy_event(job: Job, stats: StreamStats, window: int) -> StreamAccuracy:
-    """A stream's counts as telemetry; ``fps`` is frames analysed per second."""
-    return StreamAccuracy(
-        stream_id=job.stream.stream_id,
-        window=window,
-        accuracy=min(1.0, max(0.0, stats.accuracy_sum / stats.num_scored)) if stats.num_scored else None,
-        accuracy_sum=stats.accuracy_sum,
-        num_scored=stats.num_scored,
-        num_frames=stats.num_frames,
-        num_analysed=stats.num_analysed,
-        num_dropped=stats.num_dropped,
-        num_objects=stats.num_objects,
-        fps=stats.num_analysed / stats.interval_s if stats.interval_s > 0.0 else 0.0,
-        latency_ms_p50=stats.latency_ms_p50,
-        model_version=stats.model_version,
-        inference_id=stats.inference_id,
-        conditions=stats.conditions,
-    )
 
 
 def default_id(host: str, device: Device) -> str:
