@@ -6,6 +6,7 @@ Every price vector that is ever tried gives a valid bound; the smallest is kept.
 from __future__ import annotations
 
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 
 import msgspec
@@ -18,7 +19,8 @@ from protocol.plan import Problem
 
 CONVERGED = 2e-5
 GRID_BEND = 1.7
-CUTS = 6
+TRAIL = 12
+CUTS = (3, 6)
 SUBGRADIENT_STEPS, MASTER_ROUNDS = 60, 40
 SAMPLE, POLISHING_STEPS = 100, 12
 
@@ -37,6 +39,7 @@ class Dual:
     mode: Ints
     start_s: Floats
     iterations: int
+    trail: tuple[Floats, ...]  # prices tried last
 
 
 def opening_prices(pricer: Pricer) -> Floats:
@@ -56,26 +59,30 @@ def share_row(model: Model, first_item: int) -> int:
     return int(np.flatnonzero(model.item_use[:, first_item : first_item + 2].sum(axis=1) > 0.0)[0])
 
 
-def carried_over(dual: Dual, pricer: Pricer) -> Floats:
-    """The prices of ``dual`` for a pricer of the same classes with other size functions or twice the cells."""
+def carried_over(dual: Dual, pricer: Pricer, found: Floats | None = None) -> Floats:
+    """Prices ``found`` by ``dual`` (its best) for a pricer of the same classes and grid with other size functions."""
+    found = dual.prices if found is None else found
     prices = np.zeros((pricer.model.num_rows, pricer.num_cells))
-    repeat = pricer.num_cells // dual.pricer.num_cells
     for old, new in zip(dual.pricer.model.classes, pricer.model.classes, strict=True):
         source = share_row(dual.pricer.model, old.first_item)
-        prices[share_row(pricer.model, new.first_item)] = np.repeat(dual.prices[source], repeat)
+        prices[share_row(pricer.model, new.first_item)] = found[source]
         if new.memory_row >= 0:
-            prices[new.memory_row] = np.repeat(dual.prices[old.memory_row], repeat)
+            prices[new.memory_row] = found[old.memory_row]
     return prices
 
 
-def descend(pricer: Pricer, prices: Floats, deadline: float, iterations: int) -> tuple[float, Floats, int]:
-    """Subgradient steps of Polyak's length from ``prices``: (best bound, its prices, iterations made)."""
+def descend(
+    pricer: Pricer, prices: Floats, deadline: float, iterations: int
+) -> tuple[float, Floats, int, tuple[Floats, ...]]:
+    """Subgradient steps of Polyak's length from ``prices``: (best bound, its prices, steps made, last prices)."""
     best, best_prices, stalled, length = np.inf, prices, 0, 1.0
     scale = pricer.model.capacities[:, None]  # rows may be GPUs or bytes
     direction: Floats | None = None
     done = 0
+    trail: deque[Floats] = deque(maxlen=TRAIL)
     while done < iterations:
         done += 1
+        trail.append(prices)
         priced = pricer.price(prices)
         if priced.bound < best - 1e-7:
             best, best_prices, stalled = priced.bound, prices, 0
@@ -90,7 +97,7 @@ def descend(pricer: Pricer, prices: Floats, deadline: float, iterations: int) ->
         norm = float((direction * direction * pricer.length_s).sum()) + 1e-12
         step = length * max(priced.bound - best * 0.997, 1e-6) / norm
         prices = np.maximum(0.0, prices + step * direction / scale)
-    return float(best), best_prices, done
+    return float(best), best_prices, done, tuple(trail)
 
 
 class Master:
@@ -98,9 +105,10 @@ class Master:
 
     def __init__(self, pricer: Pricer) -> None:
         self.pricer = pricer
+        # GLOP ends about one in five of these masters as abnormal (OR-Tools 9.15); CLP none.
         self.solver = pywraplp.Solver.CreateSolver("CLP")
         if self.solver is None:
-            raise RuntimeError("this build of OR-Tools has no GLOP")
+            raise RuntimeError("this build of OR-Tools has no CLP")
         model, infinity = pricer.model, self.solver.infinity()
         self.scale = model.capacities
         self.rows = [
@@ -140,11 +148,6 @@ class Master:
         self.solver.SetTimeLimit(max(1, int(1000 * seconds)))
         status = self.solver.Solve()
         if status != pywraplp.Solver.OPTIMAL:
-            # The primal simplex gives up now and then (numerically); the dual simplex then finishes.
-            self.solver.SetSolverSpecificParametersAsString("use_dual_simplex: true")
-            status = self.solver.Solve()
-            self.solver.SetSolverSpecificParametersAsString("use_dual_simplex: false")
-        if status != pywraplp.Solver.OPTIMAL:
             return None
         dual = np.array([[row.dual_value() for row in line] for line in self.rows])
         prices = np.maximum(0.0, dual) / self.pricer.length_s / self.scale[:, None]
@@ -162,15 +165,24 @@ class Master:
         return mode, start_s
 
 
-def solve_dual(pricer: Pricer, prices: Floats, deadline: float, iterations: int, rounds: int) -> Dual:
+def solve_dual(
+    pricer: Pricer,
+    prices: Floats,
+    deadline: float,
+    iterations: int,
+    rounds: int,
+    nearby: tuple[Floats, ...] = (),
+) -> Dual:
     """Prices and bound from ``prices``: ``iterations`` subgradient steps, then ``rounds`` of the linear master."""
-    bound, best, made = descend(pricer, prices, deadline, iterations)
+    bound, best, made, trail = descend(pricer, prices, deadline, iterations)
     mode: Ints | None = None
     start_s = np.zeros(pricer.model.num_streams)
     if rounds and time.monotonic() < deadline:
         master = Master(pricer)
         tried = best
         solved = False
+        for other in nearby:
+            master.add(other, pricer.price(other))
         for turn in range(rounds):
             priced = pricer.price(tried)
             made += 1
@@ -193,7 +205,7 @@ def solve_dual(pricer: Pricer, prices: Floats, deadline: float, iterations: int,
     final = pricer.price(best)
     if mode is None:
         mode, start_s = final.mode, final.start_s
-    return Dual(min(bound, final.bound), best, pricer, final, mode, start_s, made)
+    return Dual(min(bound, final.bound), best, pricer, final, mode, start_s, made, trail)
 
 
 def opening_grid(window_s: float, cells: int) -> Floats:
@@ -209,16 +221,15 @@ def halved(grid_s: Floats) -> Floats:
     return fine
 
 
-def dual_of_few(
-    problem: Problem, no_floor: frozenset[int], grid_s: Floats, deadline: float, first: Floats | None = None
-) -> Dual:
+def dual_of_few(problem: Problem, no_floor: frozenset[int], grid_s: Floats, deadline: float) -> Dual:
     """Prices of plain share and memory by subgradient steps, then of what does not pack by the linear master."""
     plain = Pricer(build_model(problem, no_floor=no_floor), grid_s)
     dual = solve_dual(plain, opening_prices(plain), deadline, SUBGRADIENT_STEPS, 0)
     if time.monotonic() > deadline:
         return dual
     pricer = Pricer(build_model(problem, no_floor=no_floor, cuts=CUTS), grid_s)
-    return solve_dual(pricer, carried_over(dual, pricer), deadline, 0, MASTER_ROUNDS)
+    nearby = tuple(carried_over(dual, pricer, found) for found in dual.trail)
+    return solve_dual(pricer, carried_over(dual, pricer), deadline, 0, MASTER_ROUNDS, nearby)
 
 
 def refined(dual: Dual, deadline: float) -> Dual:
@@ -242,7 +253,7 @@ def dual_of_many(problem: Problem, no_floor: frozenset[int], grid_s: Floats, dea
     prices = opening_prices(Pricer(model=small, grid_s=grid_s)) * (count / SAMPLE)
     if small.num_rows == model.num_rows:
         half = time.monotonic() + 0.4 * max(0.0, deadline - time.monotonic())
-        _, prices, _ = descend(Pricer(small, grid_s), prices, half, SUBGRADIENT_STEPS)
+        _, prices, _, _ = descend(Pricer(small, grid_s), prices, half, SUBGRADIENT_STEPS)
     prices = prices * float(model.weight[sample].sum())
     dual = solve_dual(Pricer(coarse, grid_s), prices, deadline, POLISHING_STEPS, 0)
     return replace(dual, bound=exact_bound(model, grid_s, dual.prices))

@@ -85,7 +85,7 @@ class Tables:
             for g in one.members:
                 self.class_of[g] = c
         self.capacity = [model.classes[c].capacity for c in self.class_of]
-        self.memory = [gpu.memory_bytes if gpu.memory_bytes else FOREVER for gpu in problem.gpus]
+        self.memory = [float(gpu.memory_bytes) if gpu.memory_bytes else FOREVER for gpu in problem.gpus]
         self.with_memory = any(one.memory_row >= 0 for one in model.classes)
         self.with_changes = problem.config_change_s > 0.0 or problem.migration_s > 0.0
         self.change_s, self.migration_s = problem.config_change_s, problem.migration_s
@@ -245,7 +245,7 @@ class Layout:
         keep = t.with_changes or stays is not None
         for a, b in pairwise(times):
             free = t.capacity[g]
-            room: float = t.memory[g]
+            room = t.memory[g]
             for run in runs:
                 if run.start_s <= a < run.end_s:
                     free -= run.quanta

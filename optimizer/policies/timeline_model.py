@@ -82,10 +82,10 @@ class Model:
         return min(self.problem.config_change_s, self.problem.migration_s)
 
 
-def build_model(problem: Problem, *, no_floor: frozenset[int] = frozenset(), cuts: int = 0) -> Model:
+def build_model(problem: Problem, *, no_floor: frozenset[int] = frozenset(), cuts: tuple[int, ...] = ()) -> Model:
     """Arrays of ``problem``, without the options and modes that another one replaces everywhere.
 
-    ``cuts``: how many dual feasible functions tighten the pooled share rows (0 = none).
+    ``cuts``: parameters k of the dual feasible functions that tighten the pooled share rows.
     ``no_floor``: streams whose accuracy floor is given up (for problems in which not all can be kept).
     """
     quantum = problem.share_quantum
@@ -116,7 +116,7 @@ def build_model(problem: Problem, *, no_floor: frozenset[int] = frozenset(), cut
     return builder.finish(np.array(capacities), item_use)
 
 
-def size_functions(capacity: int, cuts: int) -> list[Floats]:
+def size_functions(capacity: int, cuts: tuple[int, ...]) -> list[Floats]:
     """Tables over sizes 0..capacity, each of which sums to at most 1 over jobs that share one GPU.
 
     The first is the share itself. The others are the dual feasible functions of Fekete and Schepers
@@ -126,7 +126,7 @@ def size_functions(capacity: int, cuts: int) -> list[Floats]:
     sizes = np.arange(capacity + 1)
     share = sizes / max(1, capacity)
     tables = [share]
-    for k in range(1, cuts + 1):
+    for k in cuts:
         whole = (k + 1) * sizes % max(1, capacity) == 0
         table = np.where(whole, share, ((k + 1) * sizes // max(1, capacity)) / k)
         if not np.array_equal(table, share):
