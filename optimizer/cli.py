@@ -210,6 +210,21 @@ def capacity(
 
 
 @app.command()
+def explain(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN.json", help="A saved plan.")],
+    problem: Annotated[
+        Path | None, typer.Option(help="Its problem (default: the same name in ../problems, as runs keep it).")
+    ] = None,
+    stream: Annotated[str | None, typer.Option(help="Explain this stream (default: an overview of all).")] = None,
+    out: Annotated[Path | None, typer.Option(help="Draw plan and prices into this file, like plan.svg.")] = None,
+) -> None:
+    """Why a stream is (not) retrained, what else it could do, and what a GPU is worth in each slot."""
+    from optimizer.explain import explain as explain_plan
+
+    explain_plan(plan, problem_path=problem, stream_id=stream, out=out)
+
+
+@app.command()
 def watch(
     address: Annotated[str, typer.Argument(help="The optimizer's control address, tcp://HOST:PORT.")],
 ) -> None:
