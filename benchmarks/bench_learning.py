@@ -299,9 +299,11 @@ def training_ratios(store: Path) -> list[tuple[float, float]]:
             trainer.pause()
             count, busy_s = bare.run(PIECE_S)
             trainer.go_on()
-            trainer.until(EpochDone)
-            reports = trainer.reports(PIECE_S)
-            epochs = [report.epoch.busy_s for report in reports if isinstance(report, EpochDone)]
+            trainer.until(EpochDone)  # the one that was interrupted
+            until, epochs = time.monotonic() + PIECE_S, list[float]()
+            while not epochs or time.monotonic() < until:
+                report = trainer.report(60.0)
+                epochs += [report.epoch.busy_s] if isinstance(report, EpochDone) else []
             rows.append((count / busy_s, len(epochs) / sum(epochs) / (count / busy_s)))
     finally:
         trainer.close()
