@@ -181,4 +181,5 @@ class Pipeline:
             num_epochs=wish.num_epochs,
             num_frames=wish.num_frames,
             clip_end_s=position,
+            unseen=not first,
         )

@@ -172,7 +172,7 @@ def _estimate_retrain(
                 continue
             curves[key] = _Curve(
                 curve=fitted,
-                start=result.accuracy_now,
+                start=_began_at(group, result.accuracy_now),
                 source="past_trial" if age else "trial",
                 extra_error=ERROR_PER_AGE * math.sqrt(min(age, 4)),
             )
@@ -187,7 +187,7 @@ def _estimate_retrain(
             continue
         effort = effective_effort(config.epochs, config.data_fraction * dataset.num_train)
         accuracy, error = found.curve.predict(effort)
-        if found.source == "past_trial" or (found.source == "neighbour" and found.start != accuracy_now):
+        if found.start != accuracy_now:
             accuracy = _carry_over(accuracy, found.start, accuracy_now)
         error = math.hypot(error, found.extra_error)
         base = cost.gpu_seconds(config, dataset.num_train)
@@ -259,6 +259,15 @@ def _fit(trials: Sequence[RetrainTrial], num_validation: int, reached: float | N
     start = max(epoch.accuracy for trial in trials for epoch in trial.epochs)
     ceiling = likely_ceiling(start, gain) if reached is None else max(reached, *accuracies)
     return fit_curve(efforts, accuracies, ceiling=ceiling, num_validation=num_validation)
+
+
+def _began_at(group: Sequence[RetrainTrial], accuracy_now: float) -> float:
+    """Accuracy of the serving model on the split that the trials of ``group`` were validated on.
+
+    The curve is read against it: ``accuracy_now`` may come from many more labels than that split holds.
+    """
+    begun = [epoch.accuracy for trial in group for epoch in trial.epochs[:1] if epoch.epoch == 0]
+    return begun[0] if begun else accuracy_now
 
 
 def _carry_over(accuracy: float, start: float, now: float) -> float:

@@ -67,7 +67,10 @@ class LabelJob(Record, frozen=True, kw_only=True, tag="label"):
 
 class TrialJob(Record, frozen=True, kw_only=True, tag="trial"):
     """Micro-profile: each retraining configuration on ``data_share`` of the training split for ``num_epochs``;
-    each inference configuration on ``num_frames`` consecutive labelled frames ending at ``clip_end_s``."""
+    each inference configuration on ``num_frames`` consecutive labelled frames ending at ``clip_end_s``.
+
+    ``unseen``: the checkpoint was not trained on ``dataset``, so that all its new labels tell how good it is.
+    """
 
     job_id: str
     stream: StreamSpec
@@ -81,6 +84,7 @@ class TrialJob(Record, frozen=True, kw_only=True, tag="trial"):
     num_epochs: int
     num_frames: int
     clip_end_s: float
+    unseen: bool = False
     memory_bytes: Bytes = 0
 
 

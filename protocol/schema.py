@@ -245,7 +245,11 @@ class InferenceTrial(Record, frozen=True, kw_only=True):
 
 
 class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
-    """All trials of one stream's profiling job. ``accuracy_now``: serving model on the validation split."""
+    """All trials of one stream's profiling job.
+
+    ``accuracy_now``: serving model on labels it was not trained on, mean over frames; more of them than the
+    validation split, which epoch 0 of the trials is measured on, where the model saw none of the window's labels.
+    """
 
     stream_id: Name
     window: int

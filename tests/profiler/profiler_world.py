@@ -131,7 +131,7 @@ class World:
         return TrialResult(
             stream_id="north",
             window=window,
-            accuracy_now=self.noisy(self.accuracy_now, self.num_validation),
+            accuracy_now=self.noisy(self.accuracy_now, 4 * self.num_validation),
             retrain=tuple(rows),
             inference=measured,
             seconds=1.0,
