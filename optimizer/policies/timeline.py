@@ -14,10 +14,23 @@ import time
 import msgspec
 
 from optimizer.objective import judge, stamped
-from optimizer.policies.timeline_bound import Dual, dual_of_few, dual_of_many, opening_grid, refined
-from optimizer.policies.timeline_layout import Layout, Snapshot, Tables
+from optimizer.policies.timeline_bound import (
+    CUTS,
+    MASTER_ROUNDS,
+    SUBGRADIENT_STEPS,
+    Dual,
+    dual_of_few,
+    dual_of_many,
+    opening_grid,
+    opening_prices,
+    refined,
+    solve_dual,
+)
+from optimizer.policies.timeline_exact import exhaust
+from optimizer.policies.timeline_layout import Layout, Placed, Snapshot, Tables
 from optimizer.policies.timeline_model import build_model
 from optimizer.policies.timeline_plan import assignments_of
+from optimizer.policies.timeline_pricing import Pricer
 from optimizer.policies.timeline_search import Search
 from optimizer.policies.timeline_start import (
     overloaded,
@@ -30,6 +43,7 @@ from protocol.plan import Assignment, Plan, Problem, SolveReport, SolveStatus
 
 POLICY = "timeline"
 MANY_STREAMS = 150  # beyond, the linear master costs more than it gains
+EXHAUSTIVE_STREAMS = 3
 STEPS_PER_STREAM = 1000
 HOT = 1e-2  # first temperature of a search, per stream
 FINE_STREAMS = 24  # up to here a finer grid is cheap
@@ -111,7 +125,28 @@ class _Solving:
             if spread.total > layout.total:
                 layout = spread
         layout.load(self._improve(layout, dual))
-        return self._report(assignments_of(layout), "feasible")
+        placed = layout.placed()
+        if len(self.problem.streams) <= EXHAUSTIVE_STREAMS and not layout.t.with_changes:
+            placed = self._exhaust(placed, layout.total)
+        return self._report(assignments_of(placed), "feasible")
+
+    def _exhaust(self, placed: Placed, value: float) -> Placed:
+        """Go through all plans of few streams, as far as time allows; when done, the best is the bound."""
+        grid_s = opening_grid(self.problem.window_s, 2 * self.problem.num_slots)
+        model = build_model(self.problem, no_floor=self.given_up, cuts=CUTS, every_retraining=True)
+        pricer = Pricer(model, grid_s)
+        left_s = self.deadline - time.monotonic()
+        dual = solve_dual(
+            pricer, opening_prices(pricer), time.monotonic() + 0.3 * left_s, SUBGRADIENT_STEPS, MASTER_ROUNDS
+        )
+        if (dual.bound - value) <= 1e-9:
+            return placed
+        outcome = exhaust(Tables(model), dual, value, self.deadline)
+        if outcome.complete and self.judged is self.problem and not self.given_up:
+            self.bound = min(dual.bound, outcome.value + 1e-9)
+        elif self.judged is self.problem and not self.given_up and self.bound is not None:
+            self.bound = min(self.bound, dual.bound)
+        return placed if outcome.placed is None else outcome.placed
 
     def _below_floors(self) -> Layout | None:
         """Keep as many floors as first fit can: they are given up one by one, the dearest first."""

@@ -72,6 +72,15 @@ class Stay:
     steps: list[tuple[float, int]] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A placed schedule: what runs and who stays on each GPU, and when."""
+
+    tables: Tables
+    runs: list[list[Run]]
+    stays: list[list[Stay]]
+
+
 class Tables:
     """What a layout looks up, as plain Python lists (the search runs in scalar code)."""
 
@@ -266,8 +275,8 @@ class Layout:
             if free > 0:
                 self._lift(here, options, free, room)
             if keep:
-                for rate, level, index in here:
-                    history[int(index)].append((a, b, rate, int(level)))
+                for rate, level, job_index in here:
+                    history[int(job_index)].append((a, b, rate, int(level)))
             if not t.with_changes:
                 earned = 0.0
                 for (rate, level, _), choices in zip(here, options, strict=True):
@@ -493,6 +502,15 @@ class Layout:
             self.leave_s[v] = leave_s
         for g, worth, runs in reversed(undo.worths):
             self.worth[g], self.runs[g] = worth, runs
+
+    def placed(self) -> Placed:
+        """What the layout comes to: runs and stays, with times."""
+        stays: list[list[Stay]] = []
+        for g, runs in enumerate(self.runs):
+            here: list[Stay] = []
+            self.value(g, runs, here)
+            stays.append(here)
+        return Placed(self.t, [list(runs) for runs in self.runs], stays)
 
     def snapshot(self) -> Snapshot:
         return Snapshot(

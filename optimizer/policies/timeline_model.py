@@ -82,9 +82,16 @@ class Model:
         return min(self.problem.config_change_s, self.problem.migration_s)
 
 
-def build_model(problem: Problem, *, no_floor: frozenset[int] = frozenset(), cuts: tuple[int, ...] = ()) -> Model:
+def build_model(
+    problem: Problem,
+    *,
+    no_floor: frozenset[int] = frozenset(),
+    cuts: tuple[int, ...] = (),
+    every_retraining: bool = False,
+) -> Model:
     """Arrays of ``problem``, without the options and modes that another one replaces everywhere.
 
+    ``every_retraining`` keeps those that another one replaces, too (an exhaustive search wants them).
     ``cuts``: parameters k of the dual feasible functions that tighten the pooled share rows.
     ``no_floor``: streams whose accuracy floor is given up (for problems in which not all can be kept).
     """
@@ -111,6 +118,7 @@ def build_model(problem: Problem, *, no_floor: frozenset[int] = frozenset(), cut
     for row, (first, use) in enumerate(uses):
         item_use[row, first : first + len(use)] = use
     builder = _Builder(problem, tuple(classes), memory_matters, no_floor)
+    builder.every_retraining = every_retraining
     for stream in problem.streams:
         builder.add(stream)
     return builder.finish(np.array(capacities), item_use)
@@ -147,6 +155,7 @@ class _Builder:
         self, problem: Problem, classes: tuple[GpuClass, ...], memory_matters: bool, no_floor: frozenset[int]
     ) -> None:
         self.problem, self.classes, self.memory_matters, self.no_floor = problem, classes, memory_matters, no_floor
+        self.every_retraining = False
         self.floor: list[float] = []
         self.position = {gpu.gpu_id: index for index, gpu in enumerate(problem.gpus)}
         self.class_of = {g: c for c, one in enumerate(classes) for g in one.members}
@@ -173,7 +182,7 @@ class _Builder:
                 seconds = profile.gpu_seconds / one.rates
                 # A share that trains no faster than a smaller one is never wanted.
                 faster = np.concatenate(([True], seconds[1:] < np.minimum.accumulate(seconds)[:-1]))
-                r = np.flatnonzero(faster & (seconds < self.problem.window_s))
+                r = np.flatnonzero((faster | self.every_retraining) & (seconds < self.problem.window_s))
                 if len(r):
                     full = np.full(len(r), case)
                     where = np.full(len(r), pinned)
@@ -214,6 +223,8 @@ class _Builder:
 
     def _useful(self, stream: StreamProfile) -> list[int]:
         """Retrainings that raise the accuracy and that no other one replaces at every share."""
+        if self.every_retraining:
+            return list(range(len(stream.retrain)))
         after = [p.accuracy_after for p in stream.retrain]
         order = sorted(range(len(after)), key=lambda g: (stream.retrain[g].gpu_seconds, -after[g]))
         kept: list[int] = []

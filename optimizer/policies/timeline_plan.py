@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from optimizer.execution import share_of
-from optimizer.policies.timeline_layout import Layout, Run, Stay
+from optimizer.policies.timeline_layout import Placed, Run
 from protocol.plan import Assignment, InferenceStep, RetrainStep
 
 Ends = frozenset[int]  # streams whose retrainings have ended
@@ -80,24 +80,22 @@ class _Served:
 
 
 class _Emitter:
-    def __init__(self, layout: Layout) -> None:
-        self.layout, self.t = layout, layout.t
+    def __init__(self, placed: Placed) -> None:
+        self.placed, self.t = placed, placed.tables
         memory = [int(m) if self.t.with_memory and m < 1e17 else 1 << 60 for m in self.t.memory]
         self.shares = [_Pool([(c, NOTHING)]) for c in self.t.capacity]
         self.memory = [_Pool([(m, NOTHING)]) for m in memory]
         self.streams = [_Served() for _ in range(self.t.num_streams)]
         self.starts: dict[int, Ends] = {}
         self.ended: set[int] = set()
-        self.names = [stream.stream_id for stream in layout.t.model.problem.streams]
-        self.runs: dict[int, tuple[int, Run]] = {r.stream: (g, r) for g, runs in enumerate(layout.runs) for r in runs}
+        self.names = [stream.stream_id for stream in placed.tables.model.problem.streams]
+        self.runs: dict[int, tuple[int, Run]] = {r.stream: (g, r) for g, runs in enumerate(placed.runs) for r in runs}
 
     # ------------------------------------------------------------ in order of planned time
 
     def walk(self) -> None:
         events: dict[float, list[tuple[int, int, int]]] = {}
-        for g in range(self.t.num_gpus):
-            stays: list[Stay] = []
-            self.layout.value(g, self.layout.runs[g], stays)
+        for g, stays in enumerate(self.placed.stays):
             for stay in stays:
                 for start_s, choice in stay.steps:
                     events.setdefault(start_s, []).append((stay.stream, g, choice))
@@ -125,17 +123,22 @@ class _Emitter:
     def _run_bytes(self, run: Run) -> int:
         return self.t.trainings[run.stream][run.training].num_bytes if self.t.with_memory else 0
 
+    def _swap_room(self, v: int) -> int:
+        if v not in self.runs:
+            return 0
+        return self.t.trainings[v][self.runs[v][1].training].swap_bytes
+
     def _bytes(self, v: int, g: int, choice: int, swapped: bool) -> int:
         if not self.t.with_memory:
             return 0
         held = self.t.choices[v][self.t.class_of[g]][choice].num_bytes
-        return held if swapped or v not in self.runs else held + self.layout.swap_room(v)
+        return held if swapped or v not in self.runs else held + self._swap_room(v)
 
     def _change(self, v: int, g: int, choice: int, trigger: Ends) -> _Change:
         served = self.streams[v]
         swapped = v in self.ended
         known = served.known | trigger
-        if swapped and self.t.with_memory and self.layout.swap_room(v):
+        if swapped and self.t.with_memory and self._swap_room(v):
             known |= {v}  # else it might come before the swap and need room for it
         quanta = self.t.choices[v][self.t.class_of[g]][choice].quanta
         return _Change(v, choice, served.holding, (g, quanta, self._bytes(v, g, choice, swapped)), known)
@@ -246,8 +249,8 @@ class _Emitter:
         return Assignment(stream_id=stream.stream_id, inference=tuple(steps), retrain=retrain)
 
 
-def assignments_of(layout: Layout) -> tuple[Assignment, ...]:
-    """The assignments that carry ``layout`` out, one per stream in the problem's order."""
-    emitter = _Emitter(layout)
+def assignments_of(placed: Placed) -> tuple[Assignment, ...]:
+    """The assignments that carry ``placed`` out, one per stream in the problem's order."""
+    emitter = _Emitter(placed)
     emitter.walk()
-    return tuple(emitter.assignment(v) for v in range(layout.t.num_streams))
+    return tuple(emitter.assignment(v) for v in range(placed.tables.num_streams))

@@ -245,6 +245,12 @@ class Pricer:
         np.maximum.at(best, model.mode_case, worth)
         return np.asarray(priced.worth[model.case_stream] - best)
 
+    def mode_losses(self, prices: Floats, priced: Priced) -> tuple[Floats, Floats]:
+        """What "none" (V) and every mode (M) loses against its stream's best schedule, each at its best start."""
+        worth_none, worth, _, _ = self._mode_worths(prices)
+        streams = self._mode_stream
+        return np.asarray(priced.worth - worth_none), np.asarray(priced.worth[streams] - worth)
+
     def _mode_worths(self, prices: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """Worth of "none" per stream; worth, start and end of every mode at its best start."""
         model = self.model
