@@ -86,6 +86,23 @@ def evaluate(student: Student, crops: CropSet, device: Device, stepper: Stepper 
     return num_right / len(crops), loss / len(crops)
 
 
+def frame_mean_accuracy(student: Student, crops: CropSet, device: Device, stepper: Stepper | None = None) -> float:
+    """Share of a frame's crops classified right, mean over the frames of ``crops`` (the measure of serving)."""
+    if len(crops) == 0:
+        return 0.0
+    student.eval()
+    right: list[NDArray[np.bool_]] = []
+    for start in range(0, len(crops), _VALIDATION_BATCH):
+        batch = slice(start, start + _VALIDATION_BATCH)
+        with torch.inference_mode():
+            logits = student(torch.from_numpy(crops.crops[batch]).to(device.torch_device))
+            right.append(logits.argmax(1).cpu().numpy() == crops.labels[batch])
+        if stepper is not None:
+            stepper.step()
+    _, frame, size = np.unique(crops.frame_index, return_inverse=True, return_counts=True)
+    return float((np.bincount(frame, weights=np.concatenate(right)) / size).mean())
+
+
 class Trainer:
     """Trains ``student`` in place on ``crops`` with ``config``; Adam, fixed seed. ``average`` is the result.
 

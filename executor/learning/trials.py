@@ -19,7 +19,7 @@ from executor.learning.inference import CropClassifier, Objects, carry_over, fra
 from executor.learning.labeling import burn, oracle_labels
 from executor.learning.models import Student
 from executor.learning.stepping import Stepper
-from executor.learning.training import DivergedError, Trainer, evaluate, student_for, subset
+from executor.learning.training import DivergedError, Trainer, evaluate, frame_mean_accuracy, student_for, subset
 from executor.streams.frames import Frame, FrameSource
 from protocol.errors import InputError
 from protocol.messages import TrialJob
@@ -55,6 +55,9 @@ def run_trials(
     if len(crops.train) < 2 or len(crops.validation) < 1:
         raise InputError(f"data set {job.dataset.path}: too few crops to profile with; raise label_fps")
     baseline = _epoch(0, serving, crops.validation, device, stepper, stepper.busy_s())
+    # What serving will be worth is a mean over frames; labels that the model was trained on say nothing about it.
+    unseen = crops.take(~crops.is_exemplar) if job.unseen else crops.validation
+    accuracy_now = frame_mean_accuracy(serving, unseen, device, stepper)
     retrain: list[RetrainTrial] = []
     inference: list[InferenceTrial] = []
     try:
@@ -71,7 +74,7 @@ def run_trials(
     return TrialResult(
         stream_id=job.stream.stream_id,
         window=job.window,
-        accuracy_now=baseline.accuracy,
+        accuracy_now=accuracy_now,
         retrain=tuple(retrain),
         inference=tuple(inference),
         seconds=time.monotonic() - started,
