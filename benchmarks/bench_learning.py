@@ -18,6 +18,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import psutil
 import pytest
@@ -175,11 +176,11 @@ def achieved_shares(store: Path) -> list[tuple[float, float, float]]:
 # ---------------------------------------------------------------- worker against bare loop
 
 
-def bare_inference(connection: Connection, store: str, ref: bytes) -> None:
+def bare_inference(connection: Connection, store: str, ref: bytes, fps: float) -> None:
     """The frames that it is asked for, as fast as they go: make the crops, classify them, nothing else."""
     device = take_device(f"cpu:{CORE}")
     student, _ = checkpoints.load(Path(store), decode(ref, CheckpointRef))
-    source = open_source(STREAM)
+    source = open_source(msgspec.structs.replace(STREAM, fps=fps))
 
     def run(frames: tuple[int, int]) -> int:
         for index in range(*frames):
@@ -193,7 +194,7 @@ def bare_inference(connection: Connection, store: str, ref: bytes) -> None:
     _serve_bare(connection, run, (0, 5))
 
 
-def bare_training(connection: Connection, store: str, ref: bytes) -> None:
+def bare_training(connection: Connection, store: str, ref: bytes, fps: float) -> None:
     """Plain epochs over the same batches, scales and validations, without stops, pacing, averaging or reports."""
     device = take_device(f"cpu:{CORE}")
     student, _ = checkpoints.load(Path(store), decode(ref, CheckpointRef))
@@ -234,10 +235,12 @@ def _serve_bare(connection: Connection, run: Callable[[Any], int], warm_up: obje
 class Bare:
     """A bare loop in a process of its own, run piece by piece. Returns (steps, busy seconds)."""
 
-    def __init__(self, loop: Callable[[Connection, str, bytes], None], store: Path, ref: CheckpointRef) -> None:
+    def __init__(
+        self, loop: Callable[[Connection, str, bytes, float], None], store: Path, ref: CheckpointRef, fps: float
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=loop, args=(theirs, str(store), encode(ref)))
+        self._process = context.Process(target=loop, args=(theirs, str(store), encode(ref), fps))
         self._process.start()
         self._connection.recv()
 
@@ -254,12 +257,18 @@ class Bare:
 def inference_ratios(store: Path) -> list[tuple[float, float]]:
     """(bare frames/s, worker frames/s / bare frames/s) per piece, both per busy second, on the very same frames.
 
-    The stream's rate is one that the worker can follow on a shared core: frames that it has to give up cost it
-    time that the bare loop does not spend.
+    The stream's rate is just below what the core can do at the moment. Much slower, the worker would find cold
+    caches after every wait; faster, it would have to give frames up. A bare loop spends time on neither.
     """
     ref = save_model(store)
-    bare = Bare(bare_inference, store, ref)
-    job = InferenceJob(job_id="bench", stream=STREAM, share=1.0, config=CONFIG, checkpoint=ref, position_s=0.0)
+    probe = Bare(bare_inference, store, ref, STREAM.fps)
+    start = time.monotonic()
+    count, _ = probe.run((0, 400))
+    fps = min(240.0, 0.85 * count / (time.monotonic() - start))
+    probe.close()
+    bare = Bare(bare_inference, store, ref, fps)
+    stream = msgspec.structs.replace(STREAM, fps=fps)
+    job = InferenceJob(job_id="bench", stream=stream, share=1.0, config=CONFIG, checkpoint=ref, position_s=0.0)
     server = Worker(store, job)
     rows, first = [], 0
     try:
@@ -291,7 +300,7 @@ def training_ratios(store: Path) -> list[tuple[float, float]]:
     """(bare epochs/s, worker epochs/s / bare epochs/s) per piece, both per busy second of the core."""
     job = retrain_job(store, 1.0)
     assert job.checkpoint is not None
-    bare = Bare(bare_training, store, job.checkpoint)
+    bare = Bare(bare_training, store, job.checkpoint, STREAM.fps)
     trainer = Worker(store, job)
     rows = []
     try:
