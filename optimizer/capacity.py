@@ -210,8 +210,11 @@ def capacity(
     else:
         for text in remarks(study):
             console.print(text, highlight=False)
-        console.print(_capacity_table(result.capacity, names, sizes, target, drawn))
+        source = f"seed {drawn[0]}" if len(drawn) == 1 else f"mean of {len(drawn)} seeds"
+        console.print(f"\nStreams at an accuracy of at least {target:g} ({source}):", highlight=False)
+        console.print(_capacity_table(result.capacity, names, sizes))
         if result.needs:
+            console.print(f"GPUs needed for the accuracy of {names[0]}, {num_streams} streams:", highlight=False)
             console.print(_needs_table(result.needs, names, sizes))
         console.print(f"{study.num_simulated} simulations in {time.monotonic() - began:.1f} s", highlight=False)
     if folder is not None:
@@ -222,11 +225,8 @@ def capacity(
     return result
 
 
-def _capacity_table(
-    rows: Sequence[CapacityRow], names: Sequence[str], sizes: Sequence[int], target: float, seeds: Sequence[int]
-) -> Table:
-    drawn = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean of {len(seeds)} seeds"
-    table = Table(box=SIMPLE_HEAD, title=f"Streams at an accuracy of at least {target:g} ({drawn})")
+def _capacity_table(rows: Sequence[CapacityRow], names: Sequence[str], sizes: Sequence[int]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("policy", no_wrap=True)
     for g in sizes:
         table.add_column(f"{g} GPU" + ("s" if g > 1 else ""), justify="right", no_wrap=True)
@@ -237,13 +237,12 @@ def _capacity_table(
 
 
 def _needs_table(rows: Sequence[NeedRow], names: Sequence[str], sizes: Sequence[int]) -> Table:
-    reference, streams = rows[0].reference, rows[0].streams
-    table = Table(box=SIMPLE_HEAD, title=f"GPUs needed for the accuracy of {reference}, {streams} streams")
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("policy", no_wrap=True)
     for g in sizes:
         wanted = next(row.reference_accuracy for row in rows if row.reference_gpus == g)
         table.add_column(f"{wanted:.4f} on {g}", justify="right", no_wrap=True)
-    table.add_row(reference, *(str(g) for g in sizes))
+    table.add_row(rows[0].reference, *(str(g) for g in sizes))
     for name in names[1:]:
         own = {row.reference_gpus: row for row in rows if row.policy == name}
         cells = []

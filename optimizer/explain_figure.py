@@ -59,10 +59,12 @@ def bars(explained: Explained, gpu_id: str) -> list[Bar]:
     free_from: list[float] = []
     found: list[Bar] = []
     for start_s, end_s, quanta, stream_id, kind in sorted(jobs):
-        rows = [row for row, free_s in enumerate(free_from) if free_s <= start_s + 1e-6][:quanta]
-        while len(rows) < quanta:
-            rows.append(len(free_from))
+        free_rows = [row for row, free_s in enumerate(free_from) if free_s <= start_s + 1e-6]
+        while len(free_rows) < quanta:
+            free_rows.append(len(free_from))
             free_from.append(0.0)
+        blocks = [free_rows[i : i + quanta] for i in range(len(free_rows) - quanta + 1)]
+        rows = next((block for block in blocks if block[-1] - block[0] == quanta - 1), free_rows[:quanta])
         for row in rows:
             free_from[row] = end_s
         found.append(Bar(stream_id, kind, start_s, end_s, tuple(rows)))
@@ -111,15 +113,26 @@ def _gpus_of(explained: Explained, stream_id: str | None) -> set[str]:
     return used | ({assignment.retrain.gpu_id} if assignment.retrain is not None else set())
 
 
+def _blocks(rows: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(first row, number of rows) of the stretches without a hole."""
+    found: list[tuple[int, int]] = []
+    for row in rows:
+        if found and row == found[-1][0] + found[-1][1]:
+            found[-1] = (found[-1][0], found[-1][1] + 1)
+        else:
+            found.append((row, 1))
+    return found
+
+
 def _gpu_panel(panel: Axes, found: list[Bar], capacity: int, colours: dict[str, str], stream_id: str | None) -> None:
     for bar in found:
         picked = stream_id is None or bar.stream_id == stream_id
-        for row in bar.rows:
+        for row, height in _blocks(bar.rows):
             panel.add_patch(
                 Rectangle(
                     (bar.start_s, row),
                     bar.end_s - bar.start_s,
-                    1.0,
+                    height,
                     facecolor=colours[bar.stream_id] if picked else "#c9ced6",
                     edgecolor="white",
                     linewidth=0.4,
