@@ -1,0 +1,120 @@
+"""Asks the planner when something happened that a plan depends on, and starts the plan that comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from optimizer import questions
+from optimizer.config import SiteConfig
+from optimizer.emitter import Emitter
+from optimizer.objective import judge
+from optimizer.ports import Solve, Solved
+from optimizer.state import ExecutorState, SiteState
+from optimizer.summaries import plan_solved
+from protocol.plan import Plan, Problem
+
+WINDOW_PHASES = ("profiling", "planning", "executing")
+
+
+class _Question(msgspec.Struct, frozen=True):
+    """What the planner was asked last."""
+
+    token: int
+    problem: Problem
+    phase: Literal["profiling", "plan", "replan"]
+    reason: str
+    asked_s: float
+
+
+class Asker:
+    """At most one question is open; a newer one replaces it."""
+
+    def __init__(
+        self, site: SiteConfig, state: SiteState, executors: Mapping[str, ExecutorState], emit: Emitter
+    ) -> None:
+        self._site = site
+        self._state = state
+        self._executors = executors
+        self._emit = emit
+        self._question: _Question | None = None
+        self._wanted: str | None = None
+        self._token = 0
+
+    @property
+    def waiting(self) -> bool:
+        """A question is open or about to be asked."""
+        return self._question is not None or self._wanted is not None
+
+    def forget(self) -> None:
+        """Whatever was asked or wanted does not matter any more."""
+        self._question, self._wanted = None, None
+
+    def want(self, reason: str) -> None:
+        self._wanted = f"{self._wanted}; {reason}" if self._wanted else reason
+
+    def ask_if_wanted(self, now: float) -> None:
+        state, reason = self._state, self._wanted
+        if reason is None or state.phase not in WINDOW_PHASES:
+            return
+        left = (self._state.window_opened_s + self._site.window_s) - now
+        homeless = any(s.checkpoint and not s.serving_executor for s in state.streams.values())
+        if state.phase == "executing" and left < self._site.replan_s and not homeless:
+            self._wanted = None
+            return
+        profiling = state.phase == "profiling"
+        problem = questions.make_problem(
+            state,
+            self._site,
+            self._executors,
+            now=now,
+            left_s=max(left, 0.1),
+            reserved_share=self._site.profiling.share if profiling else 0.0,
+            with_retraining=not profiling,
+        )
+        if problem is None:
+            return  # asked again as soon as an executor is there
+        self._wanted = None
+        self._token += 1
+        phase: Literal["profiling", "plan", "replan"] = (
+            "profiling" if profiling else "plan" if state.phase == "planning" else "replan"
+        )
+        self._question = _Question(self._token, problem, phase, reason, now)
+        self._emit.add(Solve(token=self._token, problem=problem, window=state.window, phase=phase))
+
+    def solved(self, event: Solved, now: float) -> None:
+        question = self._question
+        if question is None or event.token != question.token:
+            return  # the answer to an older question
+        self._question = None
+        if event.plan is None:
+            self._emit.notice("error", f"no plan for window {self._state.window}: {event.reason}; the last one goes on")
+        else:
+            self._start_plan(question, event.plan, now)
+        if question.phase == "profiling":
+            self._state.room_made = True
+        elif self._state.phase == "planning":
+            self._state.phase = "executing"
+        self._emit.save()
+
+    def _start_plan(self, question: _Question, plan: Plan, now: float) -> None:
+        state = self._state
+        verdict = judge(question.problem, plan)
+        values = {s.stream_id: s.value for s in verdict.streams}
+        profiles = {s.stream_id: s for s in question.problem.streams}
+        elapsed = max(0.0, now - state.window_opened_s)
+        for stream in state.streams.values():
+            value, profile = values.get(stream.stream_id), stream.profile
+            if value is None or profile is None or question.phase != "plan":
+                continue
+            # Until now the window was served as the profiling plan had it.
+            config = stream.serving_config.config_id if stream.serving_config else ""
+            served_q = next((p.relative_accuracy for p in profile.inference if p.inference_id == config), 0.0)
+            before = profile.accuracy_now * served_q * elapsed
+            stream.predicted = (before + value * max(0.0, self._site.window_s - elapsed)) / self._site.window_s
+        state.plan, state.plan_s = plan, now
+        # What ended while the planner was thinking has ended for this plan too.
+        state.ended = [s.stream_id for s in state.streams.values() if s.settled and s.stream_id in profiles]
+        self._emit.publish(plan_solved(state, question.phase, question.reason, plan, verdict))

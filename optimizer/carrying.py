@@ -1,0 +1,105 @@
+"""Carries the plan in force out: which stream is served where, which retraining runs. Works on the site's state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from optimizer import questions
+from optimizer.following import retraining, served, serving_job_id
+from optimizer.state import ExecutorState, Leaving, Retraining, RunningRetrain, SiteState, StreamState
+from protocol import messages as m
+from protocol.schema import StreamSpec
+
+# A stream that moves to another GPU is served at the old place for at most so long.
+_MOVE_S = 3.0
+
+
+class Carrier:
+    """``executors`` are those that are there; the mapping is the coordinator's own."""
+
+    def __init__(
+        self, state: SiteState, specs: Mapping[str, StreamSpec], executors: Mapping[str, ExecutorState]
+    ) -> None:
+        self._state = state
+        self._specs = specs
+        self._executors = executors
+
+    def follow(self, now: float) -> None:
+        """Set what every stream should be doing now, by the plan in force and the events so far."""
+        state = self._state
+        if state.plan is None:
+            return
+        for assignment in state.plan.assignments:
+            stream = state.streams.get(assignment.stream_id)
+            if stream is None or stream.profile is None:
+                continue
+            serve = served(assignment, stream.profile, state.ended)
+            if serve is not None and serve.executor_id in self._executors:
+                if serve.executor_id != stream.serving_executor:
+                    self._move(stream, now)
+                stream.serving_executor = serve.executor_id
+                stream.serving_config, stream.serving_share = serve.config, serve.share
+            wish = retraining(assignment, stream.profile, state.ended)
+            if not stream.settled:
+                self._set_retraining(stream, wish, assignment.retrain is not None, now)
+
+    def _move(self, stream: StreamState, now: float) -> None:
+        """The stream is to be served elsewhere; the old place goes on until the new one is ready."""
+        old, config = stream.serving_executor, stream.serving_config
+        stream.leaving = None
+        if old in self._executors and config is not None:
+            stream.leaving = Leaving(executor_id=old, config=config, share=stream.serving_share, since_s=now)
+
+    def let_go(self, now: float) -> None:
+        """End the old place of a moved stream when the new one is ready.
+
+        Two streams that change places may each wait for the other's share, so that it is not waited for ever.
+        """
+        for stream in self._state.streams.values():
+            leaving = stream.leaving
+            if leaving is None:
+                continue
+            home = self._executors.get(stream.serving_executor)
+            job_id = serving_job_id(stream.stream_id)
+            ready = home is not None and any(w.job_id == job_id and w.state == "ready" for w in home.workers)
+            if ready or leaving.executor_id == stream.serving_executor or now - leaving.since_s > _MOVE_S:
+                stream.leaving = None
+
+    def _set_retraining(self, stream: StreamState, wish: Retraining | None, planned: bool, now: float) -> None:
+        running = stream.running
+        if wish is None:
+            if running is not None and not planned:
+                stream.running = None
+            return
+        if running is not None and (running.retrain_id, running.executor_id) == (wish.retrain_id, wish.executor_id):
+            if abs(running.share - wish.share) > 1e-9:
+                gpu = self._executors[running.executor_id].gpu
+                running.done_s = questions.work_done(running, gpu, now)
+                running.since_s, running.share = now, wish.share
+            return
+        if wish.executor_id not in self._executors or stream.dataset is None:
+            return
+        version, stream.next_version = stream.next_version, stream.next_version + 1
+        stream.retrain_id = wish.retrain_id
+        job = m.RetrainJob(
+            job_id=f"retrain/{stream.stream_id}/w{self._state.window}/v{version}",
+            stream=self._specs[stream.stream_id],
+            share=wish.share,
+            window=self._state.window,
+            dataset=stream.dataset,
+            checkpoint=stream.checkpoint,
+            config=wish.config,
+            next_version=version,
+            seed=self._state.window,
+        )
+        stream.running = RunningRetrain(
+            job=job,
+            executor_id=wish.executor_id,
+            retrain_id=wish.retrain_id,
+            work_s=wish.gpu_seconds,
+            done_s=0.0,
+            since_s=now,
+            share=wish.share,
+            accuracy_predicted=wish.accuracy_after,
+            started_s=now,
+        )
