@@ -14,6 +14,7 @@ import time
 import msgspec
 
 from optimizer.objective import judge, stamped
+from optimizer.policies.registry import get_policy
 from optimizer.policies.timeline_bound import (
     CUTS,
     MASTER_ROUNDS,
@@ -33,12 +34,14 @@ from optimizer.policies.timeline_plan import assignments_of
 from optimizer.policies.timeline_pricing import Pricer
 from optimizer.policies.timeline_search import Search
 from optimizer.policies.timeline_start import (
+    layout_of,
     overloaded,
     pack_inference,
     promising_trainings,
     queue_retrainings,
     spread_inference,
 )
+from protocol.errors import PlanError
 from protocol.plan import Assignment, Plan, Problem, SolveReport, SolveStatus
 
 POLICY = "timeline"
@@ -106,6 +109,8 @@ class _Solving:
     def run(self) -> Plan:
         layout = pack_inference(Tables(build_model(self.problem)))
         if layout is None:
+            layout = self._packed_by_others()
+        if layout is None:
             layout = self._below_floors()
         if layout is None:
             self.notes.append("the cheapest inference of all streams does not fit on the GPUs")
@@ -147,6 +152,23 @@ class _Solving:
         elif self.judged is self.problem and not self.given_up and self.bound is not None:
             self.bound = min(self.bound, dual.bound)
         return placed if outcome.placed is None else outcome.placed
+
+    def _packed_by_others(self) -> Layout | None:
+        """First fit is not the last word: another policy may find room for every stream."""
+        tables = Tables(build_model(self.problem))
+        for name in ("fair", "none"):
+            left_s = self.deadline - time.monotonic()
+            if left_s <= 0.0:
+                return None
+            try:
+                plan = get_policy(name)(self.problem, 0.3 * left_s)
+            except PlanError:
+                continue
+            if judge(self.problem, plan).feasible:
+                layout = layout_of(tables, plan)
+                if layout is not None:
+                    return layout
+        return None
 
     def _below_floors(self) -> Layout | None:
         """Keep as many floors as first fit can: they are given up one by one, the dearest first."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from optimizer.execution import capacity_quanta, needed_quanta, quanta_per_gpu, share_of
 from optimizer.policies.timeline_bound import Dual
 from optimizer.policies.timeline_layout import Layout, Queued, Tables
-from protocol.plan import Assignment, InferenceStep, Problem
+from protocol.plan import Assignment, InferenceStep, Plan, Problem
 
 
 def pack_inference(tables: Tables) -> Layout | None:
@@ -77,6 +77,28 @@ def _first_fit(tables: Tables, order: list[int]) -> Layout | None:
         free[g] -= choice.quanta
         room[g] -= choice.num_bytes
         layout.host[v], layout.base[v] = g, index
+        layout.residents[g].append(v)
+    return layout if layout.settle(set(range(tables.num_gpus))) is not None else None
+
+
+def layout_of(tables: Tables, plan: Plan) -> Layout | None:
+    """The layout that serves as ``plan`` begins, without its retrainings; None where that is not possible."""
+    problem = tables.model.problem
+    position = {gpu.gpu_id: g for g, gpu in enumerate(problem.gpus)}
+    layout = Layout(tables)
+    for v, (stream, assignment) in enumerate(zip(problem.streams, plan.assignments, strict=True)):
+        step = assignment.inference[0]
+        g = position[step.gpu_id]
+        profile = next(p for p in stream.inference if p.inference_id == step.inference_id)
+        quanta = needed_quanta(profile, problem.gpus[g], problem.share_quantum)
+        fitting = [
+            index
+            for index, choice in enumerate(tables.choices[v][tables.class_of[g]])
+            if choice.allowed and choice.quanta <= quanta and choice.num_bytes <= profile.memory_bytes
+        ]
+        if not fitting:
+            return None
+        layout.host[v], layout.base[v] = g, fitting[-1]
         layout.residents[g].append(v)
     return layout if layout.settle(set(range(tables.num_gpus))) is not None else None
 
