@@ -20,7 +20,7 @@ from optimizer.closing import Closer
 from optimizer.config import SiteConfig
 from optimizer.dispatching import Dispatcher
 from optimizer.emitter import Emitter
-from optimizer.gate import decide
+from optimizer.gate import accuracy_when_live, decide
 from optimizer.pipeline import Pipeline
 from optimizer.ports import (
     ExecutorGone,
@@ -225,8 +225,8 @@ class Coordinator:
         if promoted and result.checkpoint is not None:
             stream.checkpoint, stream.swapped = result.checkpoint, True
             if stream.profile is not None:
-                now_better = stream.profile.accuracy_now + result.accuracy_after - result.accuracy_before
-                stream.profile = msgspec.structs.replace(stream.profile, accuracy_now=min(1.0, max(0.0, now_better)))
+                live = accuracy_when_live(stream.profile.accuracy_now, result)
+                stream.profile = msgspec.structs.replace(stream.profile, accuracy_now=live)
         if running is not None:
             self._settle(stream)
             self._asker.want(f"retraining of {result.stream_id} ended")
