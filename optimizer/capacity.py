@@ -18,9 +18,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from optimizer.simulate import Study, check_policies, counts, make_folder, remarks, write_json
+from optimizer.simulate import check_policies, counts, make_folder, remarks, write_json
 from optimizer.trace import parse_list
 from optimizer.trace_figures import line, outside_legend, write_figure
+from optimizer.trace_study import Study
 from protocol.errors import InputError
 from protocol.schema import Record
 

@@ -136,8 +136,8 @@ def simulate(
 
     Policies are those of `compare`, and cloud:cellular, cloud:satellite, cloud:two-cellular (retraining in the cloud).
     """
-    from optimizer.simulate import make_study
     from optimizer.simulate import simulate as simulate_policies
+    from optimizer.trace_study import make_study
     from optimizer.trace_world import StudyKnobs
 
     knobs = StudyKnobs(
@@ -185,7 +185,7 @@ def capacity(
 ) -> None:
     """The most streams that each policy keeps at an accuracy, and the GPUs that it needs; by simulation."""
     from optimizer.capacity import capacity as measure
-    from optimizer.simulate import make_study
+    from optimizer.trace_study import make_study
     from optimizer.trace_world import StudyKnobs
 
     knobs = StudyKnobs(

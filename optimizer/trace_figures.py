@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from optimizer.report_figures import COLOURS
-from optimizer.simulate import StudyRow
+from optimizer.trace_study import StudyRow
 from protocol.errors import InputError
 
 _MARKS = "osD^vPX*"

@@ -15,7 +15,8 @@ import pytest
 from rich.console import Console
 
 from optimizer import cli
-from optimizer.simulate import StudyRow, check_policies, simulate
+from optimizer.simulate import check_policies, simulate
+from optimizer.trace_study import StudyRow
 from protocol.errors import InputError
 from tests.optimizer.tiny_trace import random_rows, row, study, write_trace
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from optimizer.simulate import Study, make_study
 from optimizer.trace import COLUMNS
+from optimizer.trace_study import Study, make_study
 from optimizer.trace_world import StudyKnobs
 
 # city, window, config, epochs, before, after, GPU-s, after predicted, GPU-s predicted, micro-profiling s
