@@ -29,14 +29,16 @@ from optimizer.policies.timeline_bound import (
 )
 from optimizer.policies.timeline_exact import exhaust
 from optimizer.policies.timeline_layout import Layout, Placed, Snapshot, Tables
-from optimizer.policies.timeline_model import build_model
+from optimizer.policies.timeline_model import Model, build_model
 from optimizer.policies.timeline_plan import assignments_of
 from optimizer.policies.timeline_pricing import Pricer
 from optimizer.policies.timeline_search import Search
 from optimizer.policies.timeline_start import (
     layout_of,
+    move_later,
     overloaded,
     pack_inference,
+    pack_wanted,
     promising_trainings,
     queue_retrainings,
     spread_inference,
@@ -45,7 +47,7 @@ from protocol.errors import PlanError
 from protocol.plan import Assignment, Plan, Problem, SolveReport, SolveStatus
 
 POLICY = "timeline"
-MANY_STREAMS = 150  # beyond, the linear master costs more than it gains
+FEW_STREAMS = 60  # beyond, the linear master costs more than it gains
 EXHAUSTIVE_STREAMS = 3
 STEPS_PER_STREAM = 1000
 HOT = 1e-2  # first temperature of a search, per stream
@@ -116,19 +118,14 @@ class _Solving:
             self.notes.append("the cheapest inference of all streams does not fit on the GPUs")
             return self._report(overloaded(self.judged), "fallback")
         half = self.started + 0.4 * (self.deadline - self.started)
-        dual = self._dual(self.problem, self.given_up, half)
+        dual = self._dual(layout.t.model, half)
         self.bound = dual.bound
         if self.judged is not self.problem or self.given_up:
             # What is proven is about the problem as it is judged, and with floors nobody keeps.
             everyone = frozenset(range(len(self.judged.streams))) if self.given_up else self.given_up
             later = half + 0.3 * (self.deadline - half)
-            self.bound = self._dual(self.judged, everyone, later).bound
-        queue_retrainings(layout, dual)
-        spread = spread_inference(layout.t, dual)
-        if spread is not None:
-            queue_retrainings(spread, dual)
-            if spread.total > layout.total:
-                layout = spread
+            self.bound = self._dual(build_model(self.judged, no_floor=everyone), later).bound
+        layout = self._first_layout(layout, dual)
         layout.load(self._improve(layout, dual))
         placed = layout.placed()
         if len(self.problem.streams) <= EXHAUSTIVE_STREAMS and not layout.t.with_changes:
@@ -152,6 +149,22 @@ class _Solving:
         elif self.judged is self.problem and not self.given_up and self.bound is not None:
             self.bound = min(self.bound, dual.bound)
         return placed if outcome.placed is None else outcome.placed
+
+    def _first_layout(self, packed: Layout, dual: Dual) -> Layout:
+        """The best of three ways to begin: streams packed as tightly as can be, packed as prices ask, spread."""
+        best = packed
+        queue_retrainings(packed, dual)
+        move_later(packed, self.deadline)
+        for make in (pack_wanted, spread_inference):
+            if time.monotonic() > self.deadline:
+                break
+            layout = make(packed.t, dual)
+            if layout is not None:
+                queue_retrainings(layout, dual)
+                move_later(layout, self.deadline)
+                if layout.total > best.total:
+                    best = layout
+        return best
 
     def _packed_by_others(self) -> Layout | None:
         """First fit is not the last word: another policy may find room for every stream."""
@@ -199,11 +212,10 @@ class _Solving:
             default=1e9,
         )
 
-    def _dual(self, problem: Problem, no_floor: frozenset[int], deadline: float) -> Dual:
-        grid_s = opening_grid(problem.window_s, problem.num_slots)
-        if len(problem.streams) > MANY_STREAMS:
-            return dual_of_many(problem, no_floor, grid_s, deadline)
-        return dual_of_few(problem, no_floor, grid_s, deadline)
+    def _dual(self, model: Model, deadline: float) -> Dual:
+        grid_s = opening_grid(self.problem.window_s, self.problem.num_slots)
+        find = dual_of_few if model.num_streams <= FEW_STREAMS else dual_of_many
+        return find(model, grid_s, deadline)
 
     # ------------------------------------------------------------ search
 

@@ -9,20 +9,19 @@ import time
 from collections import deque
 from dataclasses import dataclass, replace
 
-import msgspec
 import numpy as np
 from ortools.linear_solver import pywraplp
 
-from optimizer.policies.timeline_model import Floats, Ints, Model, build_model
-from optimizer.policies.timeline_pricing import Priced, Pricer, coarse_modes, exact_bound, with_modes
-from protocol.plan import Problem
+from optimizer.objective import upper_bound_trivial
+from optimizer.policies.timeline_model import Floats, Ints, Model, part_of, with_cuts, with_modes
+from optimizer.policies.timeline_pricing import Priced, Pricer, coarse_modes, exact_bound
 
 CONVERGED = 2e-5
 GRID_BEND = 1.7
 TRAIL = 12
 CUTS = (3, 6)
 SUBGRADIENT_STEPS, MASTER_ROUNDS = 60, 40
-SAMPLE, POLISHING_STEPS = 100, 12
+SAMPLED_STREAMS, SAMPLE, POLISHING_STEPS = 300, 100, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +220,13 @@ def halved(grid_s: Floats) -> Floats:
     return fine
 
 
-def dual_of_few(problem: Problem, no_floor: frozenset[int], grid_s: Floats, deadline: float) -> Dual:
+def dual_of_few(model: Model, grid_s: Floats, deadline: float) -> Dual:
     """Prices of plain share and memory by subgradient steps, then of what does not pack by the linear master."""
-    plain = Pricer(build_model(problem, no_floor=no_floor), grid_s)
+    plain = Pricer(model, grid_s)
     dual = solve_dual(plain, opening_prices(plain), deadline, SUBGRADIENT_STEPS, 0)
     if time.monotonic() > deadline:
         return dual
-    pricer = Pricer(build_model(problem, no_floor=no_floor, cuts=CUTS), grid_s)
+    pricer = Pricer(with_cuts(model, CUTS), grid_s)
     nearby = tuple(carried_over(dual, pricer, found) for found in dual.trail)
     return solve_dual(pricer, carried_over(dual, pricer), deadline, 0, MASTER_ROUNDS, nearby)
 
@@ -239,21 +238,23 @@ def refined(dual: Dual, deadline: float) -> Dual:
     return finer if finer.bound < dual.bound else dual
 
 
-def dual_of_many(problem: Problem, no_floor: frozenset[int], grid_s: Floats, deadline: float) -> Dual:
-    """Prices found on a sample of the streams and few shares, polished on all streams, proven on all shares."""
-    count = len(problem.streams)
-    model = build_model(problem, no_floor=no_floor)
-    coarse = with_modes(model, coarse_modes(model))
-    sample = np.sort(np.random.default_rng(0).choice(count, SAMPLE, replace=False))
-    kept = msgspec.structs.replace(problem, streams=tuple(problem.streams[v] for v in sample))
-    # Positions in the sample stand for positions in the problem.
-    small = build_model(kept, no_floor=frozenset(i for i, v in enumerate(sample) if int(v) in no_floor))
-    small = replace(small, capacities=model.capacities[: small.num_rows] * (SAMPLE / count))
-    small = with_modes(small, coarse_modes(small))
-    prices = opening_prices(Pricer(model=small, grid_s=grid_s)) * (count / SAMPLE)
-    if small.num_rows == model.num_rows:
+def dual_of_many(model: Model, grid_s: Floats, deadline: float) -> Dual:
+    """Prices found with few shares (and, for very many streams, on a sample of them), proven on all shares.
+
+    The proof may take half as long again as ``deadline`` allows; later the bound is the trivial one of the judge.
+    """
+    latest = deadline + 0.5 * max(0.0, deadline - time.monotonic())
+    count = model.num_streams
+    coarse = Pricer(with_modes(model, coarse_modes(model)), grid_s)
+    prices = opening_prices(coarse)
+    steps = SUBGRADIENT_STEPS
+    if count > SAMPLED_STREAMS:
+        sample = np.sort(np.random.default_rng(0).choice(count, SAMPLE, replace=False))
+        small = part_of(coarse.model, sample)
         half = time.monotonic() + 0.4 * max(0.0, deadline - time.monotonic())
-        _, prices, _, _ = descend(Pricer(small, grid_s), prices, half, SUBGRADIENT_STEPS)
-    prices = prices * float(model.weight[sample].sum())
-    dual = solve_dual(Pricer(coarse, grid_s), prices, deadline, POLISHING_STEPS, 0)
+        _, prices, _, _ = descend(Pricer(small, grid_s), prices, half, steps)
+        steps = POLISHING_STEPS
+    dual = solve_dual(coarse, prices, deadline, steps, 0)
+    if time.monotonic() > latest:
+        return replace(dual, bound=upper_bound_trivial(model.problem))
     return replace(dual, bound=exact_bound(model, grid_s, dual.prices))

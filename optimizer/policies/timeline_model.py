@@ -7,7 +7,7 @@ together: share quanta (row c), and, where memory may run short, GPU memories (a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,12 +95,22 @@ def build_model(
     ``cuts``: parameters k of the dual feasible functions that tighten the pooled share rows.
     ``no_floor``: streams whose accuracy floor is given up (for problems in which not all can be kept).
     """
-    quantum = problem.share_quantum
     memory_matters = _memory_matters(problem)
+    classes, capacities, item_use = _rows(problem, memory_matters, cuts)
+    builder = _Builder(problem, classes, memory_matters, no_floor)
+    builder.every_retraining = every_retraining
+    for stream in problem.streams:
+        builder.add(stream)
+    return builder.finish(capacities, item_use)
+
+
+def _rows(problem: Problem, memory_matters: bool, cuts: tuple[int, ...]) -> tuple[tuple[GpuClass, ...], Floats, Floats]:
+    """GPU classes, capacity of every row, and what every item takes of every row."""
     classes: list[GpuClass] = []
     capacities: list[float] = []
     uses: list[tuple[int, Floats]] = []
     num_items = 0
+    quantum = problem.share_quantum
     for gpu, members in gpu_classes(problem):
         capacity = capacity_quanta(gpu, quantum)
         rates = np.array([gpu.speed * share_efficiency(gpu, share_of(r, quantum)) for r in range(1, capacity + 1)])
@@ -117,11 +127,60 @@ def build_model(
     item_use = np.zeros((len(uses), num_items))
     for row, (first, use) in enumerate(uses):
         item_use[row, first : first + len(use)] = use
-    builder = _Builder(problem, tuple(classes), memory_matters, no_floor)
-    builder.every_retraining = every_retraining
-    for stream in problem.streams:
-        builder.add(stream)
-    return builder.finish(np.array(capacities), item_use)
+    return tuple(classes), np.array(capacities), item_use
+
+
+def with_cuts(model: Model, cuts: tuple[int, ...]) -> Model:
+    """``model`` with share rows for the size functions ``cuts`` besides the plain ones."""
+    with_memory = any(one.memory_row >= 0 for one in model.classes)
+    classes, capacities, item_use = _rows(model.problem, with_memory, cuts)
+    return replace(model, classes=classes, capacities=capacities, item_use=item_use)
+
+
+def with_modes(model: Model, keep: Ints) -> Model:
+    """``model`` with the modes at positions ``keep`` only (ascending)."""
+    return replace(
+        model,
+        mode_case=model.mode_case[keep],
+        mode_class=model.mode_class[keep],
+        mode_quanta=model.mode_quanta[keep],
+        mode_seconds=model.mode_seconds[keep],
+        mode_pinned=model.mode_pinned[keep],
+    )
+
+
+def part_of(model: Model, streams: Ints) -> Model:
+    """A sample of the streams with its part of every capacity, for finding prices; ``problem`` stays the whole one.
+
+    Where the sample is like the whole, its best prices are those of the whole: weights are kept as they are.
+    """
+    chosen = np.zeros(model.num_streams, dtype=bool)
+    chosen[streams] = True
+    cases = np.flatnonzero(chosen[model.case_stream])
+    new_stream = np.cumsum(chosen) - 1
+    new_case = np.full(len(model.case_stream), -1, dtype=np.int64)
+    new_case[cases] = np.arange(len(cases))
+    small = with_modes(model, np.flatnonzero(new_case[model.mode_case] >= 0))
+    return replace(
+        small,
+        capacities=model.capacities * (len(streams) / model.num_streams),
+        weight=model.weight[streams],
+        accuracy_now=model.accuracy_now[streams],
+        floor=model.floor[streams],
+        option_class=model.option_class[streams],
+        option_lambda=model.option_lambda[streams],
+        option_quanta=model.option_quanta[streams],
+        option_bytes=model.option_bytes[streams],
+        option_q=model.option_q[streams],
+        serves=model.serves[streams],
+        start_cost_s=model.start_cost_s[streams],
+        case_stream=new_stream[model.case_stream[cases]],
+        case_gamma=model.case_gamma[cases],
+        case_accuracy=model.case_accuracy[cases],
+        case_bytes=model.case_bytes[cases],
+        case_swap_bytes=model.case_swap_bytes[cases],
+        mode_case=new_case[small.mode_case],
+    )
 
 
 def size_functions(capacity: int, cuts: tuple[int, ...]) -> list[Floats]:

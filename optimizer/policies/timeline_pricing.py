@@ -8,12 +8,12 @@ end meets a grid point.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from optimizer.objective import ACCURACY_TOLERANCE
-from optimizer.policies.timeline_model import Bools, Floats, Ints, Model
+from optimizer.policies.timeline_model import Bools, Floats, Ints, Model, with_modes
 
 NEVER = -1e9
 MODES_AT_ONCE = 40_000
@@ -31,18 +31,6 @@ class Priced:
     start_s: Floats  # V
     end_s: Floats  # V
     bound: float
-
-
-def with_modes(model: Model, keep: Ints) -> Model:
-    """``model`` with the modes at positions ``keep`` only (ascending)."""
-    return replace(
-        model,
-        mode_case=model.mode_case[keep],
-        mode_class=model.mode_class[keep],
-        mode_quanta=model.mode_quanta[keep],
-        mode_seconds=model.mode_seconds[keep],
-        mode_pinned=model.mode_pinned[keep],
-    )
 
 
 def coarse_modes(model: Model) -> Ints:

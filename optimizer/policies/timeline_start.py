@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 from optimizer.execution import capacity_quanta, needed_quanta, quanta_per_gpu, share_of
 from optimizer.policies.timeline_bound import Dual
-from optimizer.policies.timeline_layout import Layout, Queued, Tables
+from optimizer.policies.timeline_layout import FOREVER, Layout, Queued, Tables
 from protocol.plan import Assignment, InferenceStep, Plan, Problem
+
+MOST_FAILURES = 12  # later moves that gain nothing, in a row, before a GPU is left alone
 
 
 def pack_inference(tables: Tables) -> Layout | None:
@@ -208,6 +212,76 @@ def queue_retrainings(layout: Layout, dual: Dual) -> None:
                 raise RuntimeError("taking a retraining back left an infeasible layout")
         else:
             ends[g] = end_s
+
+
+def pack_wanted(tables: Tables, dual: Dual) -> Layout | None:
+    """Every stream with the option that is best at the opening prices, on as few GPUs as first fit needs.
+
+    The other GPUs are then free to retrain with all they have. None where it does not fit.
+    """
+    wanted = dual.pricer.opening_options(dual.prices)
+    classes = range(len(tables.rates))
+    sizes = [
+        max((tables.choices[v][c][int(wanted[v, c])].quanta for c in classes if wanted[v, c] >= 0), default=0)
+        for v in range(tables.num_streams)
+    ]
+    layout = Layout(tables)
+    free, room = list(tables.capacity), list(tables.memory)
+    for v in sorted(range(tables.num_streams), key=lambda v: (-sizes[v], v)):
+        spots: list[tuple[bool, int, int]] = []
+        for g in range(tables.num_gpus):
+            index = int(wanted[v, tables.class_of[g]])
+            if index < 0:
+                continue
+            choice = tables.choices[v][tables.class_of[g]][index]
+            if choice.allowed and choice.quanta <= free[g] and choice.num_bytes <= room[g]:
+                away = tables.with_changes and tables.serving[v] is not None and tables.serving[v] != g
+                spots.append((away, free[g] - choice.quanta, g))
+        if not spots:
+            return None
+        g = min(spots)[2]
+        index = int(wanted[v, tables.class_of[g]])
+        free[g] -= tables.choices[v][tables.class_of[g]][index].quanta
+        room[g] -= tables.choices[v][tables.class_of[g]][index].num_bytes
+        layout.host[v], layout.base[v] = g, index
+        layout.residents[g].append(v)
+    return layout if layout.settle(set(range(tables.num_gpus))) is not None else None
+
+
+def move_later(layout: Layout, deadline: float) -> None:
+    """Let streams move into GPUs whose queue has ended, the first to end first, wherever that gains."""
+    tables = layout.t
+    closing = sorted((max(run.end_s for run in runs), g) for g, runs in enumerate(layout.runs) if runs)
+    for _, g in closing:
+        c = tables.class_of[g]
+        spare = tables.capacity[g] - sum(tables.choices[v][c][layout.base[v]].quanta for v in layout.residents[g])
+        here = [v for v in range(tables.num_streams) if layout.second[v] < 0 and layout.host[v] != g]
+        lifts: list[tuple[float, int, int]] = []
+        for v in here:
+            old = tables.choices[v][tables.class_of[layout.host[v]]][layout.base[v]]
+            for index, choice in enumerate(tables.choices[v][c]):
+                if choice.allowed and choice.q > old.q and choice.quanta <= spare:
+                    accuracy = max(layout.accuracy[v], tables.accuracy_now[v])
+                    lifts.append((tables.weight[v] * accuracy * (choice.q - old.q) / choice.quanta, v, index))
+        failed = 0
+        for _, v, index in sorted(lifts, reverse=True):
+            if time.monotonic() > deadline or spare <= 0 or failed >= MOST_FAILURES:
+                break
+            quanta = tables.choices[v][c][index].quanta
+            if quanta > spare or layout.second[v] >= 0:
+                continue
+            layout.arrivals[g].append(v)
+            layout.second[v], layout.second_base[v] = g, index
+            undo = layout.settle({g, layout.host[v]})
+            if undo is not None and undo.gain > 0.0:
+                spare -= quanta
+                failed = 0
+                continue
+            failed += 1
+            if undo is not None:
+                layout.restore(undo)
+            layout.arrivals[g].remove(v)
+            layout.second[v], layout.leave_s[v] = -1, FOREVER
 
 
 def promising_trainings(layout: Layout, dual: Dual, slack: float) -> list[list[int]]:
