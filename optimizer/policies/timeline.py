@@ -49,11 +49,13 @@ from protocol.plan import Assignment, Plan, Problem, SolveReport, SolveStatus
 POLICY = "timeline"
 FEW_STREAMS = 60  # beyond, the linear master costs more than it gains
 EXHAUSTIVE_STREAMS = 3
-STEPS_PER_STREAM = 1000
-HOT = 1e-2  # first temperature of a search, per stream
+MANY_STREAMS = 300
+PRICE_FACTORS = (1.0, 0.8, 1.25, 0.6, 1.6, 0.4, 2.5)  # of the opening prices, for first layouts
+STEPS_PER_STREAM = 200
+TEMPERATURES = (0.0, 1e-3, 3e-3, 1e-2)  # of the rounds of the search, in turn, per stream
 FINE_STREAMS = 24  # up to here a finer grid is cheap
 PILOT_STEPS = 200
-PATIENCE = 3  # rounds without improvement after which searching ends
+PATIENCE = 8  # rounds without improvement after which searching ends
 
 
 def timeline(
@@ -151,15 +153,19 @@ class _Solving:
         return placed if outcome.placed is None else outcome.placed
 
     def _first_layout(self, packed: Layout, dual: Dual) -> Layout:
-        """The best of three ways to begin: streams packed as tightly as can be, packed as prices ask, spread."""
+        """The best of some ways to begin: streams packed as tightly as can be, packed as prices ask, spread."""
+        many = packed.t.num_streams > MANY_STREAMS
         best = packed
         queue_retrainings(packed, dual)
-        move_later(packed, self.deadline)
-        for make in (pack_wanted, spread_inference):
-            if time.monotonic() > self.deadline:
-                break
-            layout = make(packed.t, dual)
-            if layout is not None:
+        if not many:
+            move_later(packed, self.deadline)
+        for dearer in (1.0,) if many else PRICE_FACTORS:
+            for make in (pack_wanted, spread_inference):
+                if time.monotonic() > self.deadline:
+                    return best
+                layout = make(packed.t, dual, dearer)
+                if layout is None:
+                    continue
                 queue_retrainings(layout, dual)
                 move_later(layout, self.deadline)
                 if layout.total > best.total:
@@ -223,7 +229,7 @@ class _Solving:
         """Anneal again and again, ever longer, until the gap is small, nothing comes of it, or time is up."""
         best = layout.snapshot()
         count = layout.t.num_streams
-        seed, idle = self.seed, 0
+        seed, idle, turn = self.seed, 0, 0
         steps = STEPS_PER_STREAM * count
         own_bound = self.judged is self.problem and not self.given_up
         refinable = count <= FINE_STREAMS
@@ -235,7 +241,9 @@ class _Solving:
             pace = (time.monotonic() - before) / max(1, pilot)
             affordable = int((self.deadline - time.monotonic()) / max(pace, 1e-6))
             if search.best.total < goal and affordable > 0:
-                search.run(self.deadline, min(steps, affordable), HOT / count, goal)
+                hot = TEMPERATURES[turn % len(TEMPERATURES)] / count
+                search.run(self.deadline, min(steps, affordable), hot, goal)
+            turn += 1
             idle = 0 if search.best.total > best.total + 1e-9 else idle + 1
             if search.best.total > best.total:
                 best = search.best

@@ -107,12 +107,12 @@ def layout_of(tables: Tables, plan: Plan) -> Layout | None:
     return layout if layout.settle(set(range(tables.num_gpus))) is not None else None
 
 
-def spread_inference(tables: Tables, dual: Dual) -> Layout | None:
+def spread_inference(tables: Tables, dual: Dual, dearer: float = 1.0) -> Layout | None:
     """Every stream with the option that is best at the opening prices, on the GPU that is loaded least.
 
     GPUs then retrain beside their own streams, which suits many streams per GPU. None where it does not fit.
     """
-    wanted = dual.pricer.opening_options(dual.prices)
+    wanted = dual.pricer.opening_options(dual.prices * dearer)
     classes = range(len(tables.rates))
     small = [[_smallest(tables, v, c) for c in classes] for v in range(tables.num_streams)]
     layout = Layout(tables)
@@ -214,12 +214,13 @@ def queue_retrainings(layout: Layout, dual: Dual) -> None:
             ends[g] = end_s
 
 
-def pack_wanted(tables: Tables, dual: Dual) -> Layout | None:
+def pack_wanted(tables: Tables, dual: Dual, dearer: float = 1.0) -> Layout | None:
     """Every stream with the option that is best at the opening prices, on as few GPUs as first fit needs.
 
-    The other GPUs are then free to retrain with all they have. None where it does not fit.
+    The other GPUs are then free to retrain with all they have. ``dearer`` scales the prices. None where it does
+    not fit.
     """
-    wanted = dual.pricer.opening_options(dual.prices)
+    wanted = dual.pricer.opening_options(dual.prices * dearer)
     classes = range(len(tables.rates))
     sizes = [
         max((tables.choices[v][c][int(wanted[v, c])].quanta for c in classes if wanted[v, c] >= 0), default=0)
