@@ -71,21 +71,28 @@ class _Running(msgspec.Struct):
 
 
 class SimulatedExecutor:
-    """One GPU in virtual time: applies plans at once, works jobs off at the rate of the execution model."""
+    """One GPU in virtual time: applies plans at once, works jobs off at the rate of the execution model.
 
-    def __init__(self, gpu: GpuSpec, world: World) -> None:
+    ``announces_ready``: says at once that new inference workers are ready, so that a stream's old place is given
+    up in the same instant; otherwise it sends no heartbeats, as if its workers were still starting.
+    """
+
+    def __init__(self, gpu: GpuSpec, world: World, *, announces_ready: bool = False) -> None:
         self.gpu = gpu
         self.executor_id = gpu.gpu_id
+        self.incarnation = "1"
         self.held: PlanVersion | None = None
         self.serving: dict[str, m.InferenceJob] = {}
         self.running: dict[str, _Running] = {}
         self.finished: set[str] = set()
+        self._announces_ready = announces_ready
         self._world = world
         self._event_ids = itertools.count(1)
         self._since_s = 0.0
 
     def hello(self, incarnation: str = "1") -> m.Hello:
         """What it says when it joins."""
+        self.incarnation = incarnation
         return m.Hello(
             protocol_version=m.PROTOCOL_VERSION,
             executor_id=self.executor_id,
@@ -108,14 +115,14 @@ class SimulatedExecutor:
             (_KINDS[type(running.job)], running.job.share) for running in self.running.values()
         ]
 
-    def apply(self, plan: m.ApplyPlan, now: float) -> m.Up:
+    def apply(self, plan: m.ApplyPlan, now: float) -> list[m.Up]:
         """Take a plan as an executor does: older than the held one is refused, a repeated one changes nothing."""
         if self.held is not None and plan.version < self.held:
-            return m.PlanRefused(
-                executor_id=self.executor_id, version=plan.version, held=self.held, reason="older than the held plan"
-            )
+            reason = "older than the held plan"
+            return [m.PlanRefused(executor_id=self.executor_id, version=plan.version, held=self.held, reason=reason)]
         self.advance(now)
         self.held = plan.version
+        before = set(self.serving)
         wanted = {job.job_id: job for job in plan.jobs}
         self.serving = {k: job for k, job in wanted.items() if isinstance(job, m.InferenceJob)}
         self.running = {k: r for k, r in self.running.items() if k in wanted}
@@ -126,7 +133,28 @@ class SimulatedExecutor:
                 self.running[job_id].job = job
             else:
                 self.running[job_id] = self._start(job)
-        return m.PlanApplied(executor_id=self.executor_id, version=plan.version)
+        applied = m.PlanApplied(executor_id=self.executor_id, version=plan.version)
+        news = self._announces_ready and not set(self.serving) <= before
+        return [applied, self._heartbeat()] if news else [applied]
+
+    def _heartbeat(self) -> m.Heartbeat:
+        workers = tuple(
+            m.WorkerStatus(
+                job_id=job_id,
+                kind="inference",
+                stream_id=job.stream.stream_id,
+                pid=1,
+                state="ready",
+                share_granted=job.share,
+                share_achieved=job.share,
+                progress=0,
+                model_version=job.checkpoint.version,
+            )
+            for job_id, job in self.serving.items()
+        )
+        return m.Heartbeat(
+            executor_id=self.executor_id, incarnation=self.incarnation, loop_count=0, held=self.held, workers=workers
+        )
 
     def advance(self, now: float) -> None:
         """Work on all running jobs until ``now``."""
@@ -281,8 +309,8 @@ class Simulation:
                     executor = self.executors.get(executor_id)
                     if executor is not None:
                         self._measure()
-                        answer = executor.apply(plan, self.now)
-                        self._later(self.now, Received(executor_id=executor_id, message=answer))
+                        for answer in executor.apply(plan, self.now):
+                            self._later(self.now, Received(executor_id=executor_id, message=answer))
                 case Publish(event=event):
                     self._record(event)
                 case Solve():
@@ -291,8 +319,6 @@ class Simulation:
                     self.finish = output
                 case _:
                     pass
-        # A shrink on one executor and a growth on another travel separately; only each GPU's own sum counts.
-        self.peak_share = max([self.peak_share, *(e.granted() for e in self.executors.values())])
 
     def _record(self, event: TelemetryEvent) -> None:
         origin_s = self.coordinator.state.origin_s
@@ -329,6 +355,8 @@ class Simulation:
         jobs = {job.stream.stream_id: job for e in self.executors.values() for job in e.serving.values()}
         window = state.window if begin >= state.window_opened_s - 1e-9 else state.window - 1
         for executor in self.executors.values():
+            # What is handed over within one instant, between plans that travel separately, does not count.
+            self.peak_share = max(self.peak_share, executor.granted())
             for kind, share in executor.shares():
                 self.share_s[kind, window] = self.share_s.get((kind, window), 0.0) + share * span
         for stream_id in state.streams:

@@ -152,7 +152,7 @@ def simulate_site(site: TraceSite, policy: str, solver: InProcess, num_gpus: int
     )
     run = Simulation(coordinator, [], world, solver, tick_s=config.window_s)
     for gpu_id in initial_gpus(num_gpus):
-        run.join(SimulatedExecutor(GpuSpec(gpu_id=gpu_id), world))
+        run.join(SimulatedExecutor(GpuSpec(gpu_id=gpu_id), world, announces_ready=True))
     run.run()
     return run, world
 

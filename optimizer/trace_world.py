@@ -92,6 +92,8 @@ class TraceSite:
             # What costs nothing needs no room, but the coordinator's form wants a share.
             profiling=ProfilingConfig() if knobs.profiling else ProfilingConfig(share=knobs.share_quantum),
             gate=gate,
+            migration_s=0.0,
+            config_change_s=0.0,
         )
 
     def window(self, stream_id: str, window: int) -> TracedWindow:

@@ -16,8 +16,11 @@ from rich.console import Console
 
 from optimizer import cli
 from optimizer.simulate import check_policies, simulate
-from optimizer.trace_study import StudyRow
+from optimizer.trace import draw_streams
+from optimizer.trace_study import InProcess, StudyRow, simulate_site
+from optimizer.trace_world import TraceSite
 from protocol.errors import InputError
+from protocol.events import PlanSolved
 from tests.optimizer.tiny_trace import random_rows, row, study, write_trace
 
 END_S = 20.0 / 0.7
@@ -97,6 +100,21 @@ def test_two_streams_share_one_gpu_one_after_the_other(tmp_path: Path) -> None:
     side_by_side = (average((0.5, 0.0), (0.9, 40.0)) + average((0.5, 0.0), (0.7, 40.0))) / 2
     assert found.accuracy == pytest.approx(best, abs=1e-6)
     assert found.accuracy > side_by_side
+
+
+def test_streams_that_move_hold_no_share_twice(tmp_path: Path) -> None:
+    table = "subsampling,c1\n1,1\n2,0.8\n5,0.4\n20,0.1\n"
+    made = study(tmp_path, random_rows(8), table=table, num_windows=3)
+    site = TraceSite(made.trace, made.table, draw_streams(made.trace, made.table, 6, 0), made.knobs)
+    run, _ = simulate_site(site, "timeline", InProcess("timeline", 0.3, free_profiling=True), 3)
+    homes = {
+        (event.window, planned.stream_id, planned.inference_gpu)
+        for event in run.events
+        if isinstance(event, PlanSolved)
+        for planned in event.streams
+    }
+    assert len(homes) > 18  # somebody moved
+    assert run.peak_share <= 1.0 + 1e-9
 
 
 def test_streams_below_their_floor_are_counted(tmp_path: Path) -> None:
