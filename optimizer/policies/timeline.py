@@ -50,7 +50,7 @@ POLICY = "timeline"
 FEW_STREAMS = 60  # beyond, the linear master costs more than it gains
 EXHAUSTIVE_STREAMS = 3
 MANY_STREAMS = 300
-PRICE_FACTORS = (1.0, 0.8, 1.25, 0.6, 1.6, 0.4, 2.5)  # of the opening prices, for first layouts
+FIRST_LAYOUTS = tuple((dearer, part) for dearer in (1.0, 0.7, 1.4) for part in (1.0, 0.8, 0.6, 0.5))
 STEPS_PER_STREAM = 200
 TEMPERATURES = (0.0, 1e-3, 3e-3, 1e-2)  # of the rounds of the search, in turn, per stream
 FINE_STREAMS = 24  # up to here a finer grid is cheap
@@ -127,8 +127,7 @@ class _Solving:
             everyone = frozenset(range(len(self.judged.streams))) if self.given_up else self.given_up
             later = half + 0.3 * (self.deadline - half)
             self.bound = self._dual(build_model(self.judged, no_floor=everyone), later).bound
-        layout = self._first_layout(layout, dual)
-        layout.load(self._improve(layout, dual))
+        layout.load(self._improve(layout, dual, self._first_layout(layout, dual)))
         placed = layout.placed()
         if len(self.problem.streams) <= EXHAUSTIVE_STREAMS and not layout.t.with_changes:
             placed = self._exhaust(placed, layout.total)
@@ -152,25 +151,23 @@ class _Solving:
             self.bound = min(self.bound, dual.bound)
         return placed if outcome.placed is None else outcome.placed
 
-    def _first_layout(self, packed: Layout, dual: Dual) -> Layout:
+    def _first_layout(self, packed: Layout, dual: Dual) -> Snapshot:
         """The best of some ways to begin: streams packed as tightly as can be, packed as prices ask, spread."""
-        many = packed.t.num_streams > MANY_STREAMS
-        best = packed
+        tables = packed.t
+        many = tables.num_streams > MANY_STREAMS
         queue_retrainings(packed, dual)
         if not many:
             move_later(packed, self.deadline)
-        for dearer in (1.0,) if many else PRICE_FACTORS:
-            for make in (pack_wanted, spread_inference):
-                if time.monotonic() > self.deadline:
-                    return best
-                layout = make(packed.t, dual, dearer)
-                if layout is None:
-                    continue
-                queue_retrainings(layout, dual)
-                move_later(layout, self.deadline)
-                if layout.total > best.total:
-                    best = layout
-        return best
+        found = [packed.snapshot()]
+        for dearer, part in ((1.0, 1.0),) if many else FIRST_LAYOUTS:
+            if time.monotonic() > self.deadline:
+                break
+            for layout in (pack_wanted(tables, dual, dearer), spread_inference(tables, dual, dearer, part)):
+                if layout is not None:
+                    queue_retrainings(layout, dual)
+                    move_later(layout, self.deadline)
+                    found.append(layout.snapshot())
+        return max(found, key=lambda snapshot: snapshot.total)
 
     def _packed_by_others(self) -> Layout | None:
         """First fit is not the last word: another policy may find room for every stream."""
@@ -225,9 +222,9 @@ class _Solving:
 
     # ------------------------------------------------------------ search
 
-    def _improve(self, layout: Layout, dual: Dual) -> Snapshot:
-        """Anneal again and again, ever longer, until the gap is small, nothing comes of it, or time is up."""
-        best = layout.snapshot()
+    def _improve(self, layout: Layout, dual: Dual, best: Snapshot) -> Snapshot:
+        """Anneal from ``best`` again and again, ever longer, until the gap is small or nothing comes of it."""
+        layout.load(best)
         count = layout.t.num_streams
         seed, idle, turn = self.seed, 0, 0
         steps = STEPS_PER_STREAM * count
@@ -255,8 +252,8 @@ class _Solving:
                 goal = dual.bound * (1.0 - self.target_gap)
             if best.total >= goal:
                 break
-            layout.load(best)
             seed += 1
+            layout.load(best)
             steps = int(1.5 * steps)
         return best
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 from optimizer.execution import capacity_quanta, needed_quanta, quanta_per_gpu, share_of
@@ -107,15 +108,17 @@ def layout_of(tables: Tables, plan: Plan) -> Layout | None:
     return layout if layout.settle(set(range(tables.num_gpus))) is not None else None
 
 
-def spread_inference(tables: Tables, dual: Dual, dearer: float = 1.0) -> Layout | None:
+def spread_inference(tables: Tables, dual: Dual, dearer: float = 1.0, part: float = 1.0) -> Layout | None:
     """Every stream with the option that is best at the opening prices, on the GPU that is loaded least.
 
-    GPUs then retrain beside their own streams, which suits many streams per GPU. None where it does not fit.
+    GPUs then retrain beside their own streams, which suits many streams per GPU. ``part``: share of the GPUs of
+    each class that serve; the others only retrain at first. None where it does not fit.
     """
     wanted = dual.pricer.opening_options(dual.prices * dearer)
     classes = range(len(tables.rates))
     small = [[_smallest(tables, v, c) for c in classes] for v in range(tables.num_streams)]
     layout = Layout(tables)
+    hosts = {g for one in tables.model.classes for g in one.members[: math.ceil(part * len(one.members))]}
     # What is left for every stream after the smallest options of all is shared out by prices.
     free = list(tables.capacity)
     room = list(tables.memory)
@@ -130,7 +133,7 @@ def spread_inference(tables: Tables, dual: Dual, dearer: float = 1.0) -> Layout 
             if index < 0:
                 continue
             choice = tables.choices[v][tables.class_of[g]][index]
-            if choice.quanta <= free[g] and choice.num_bytes <= room[g]:
+            if g in hosts and choice.quanta <= free[g] and choice.num_bytes <= room[g]:
                 away = tables.with_changes and tables.serving[v] is not None and tables.serving[v] != g
                 spot = (away, -(free[g] - choice.quanta) * tables.rates[tables.class_of[g]][-1], g)
                 best = spot if best is None else min(best, spot)
