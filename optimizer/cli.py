@@ -63,7 +63,7 @@ def demo(
     """Show the whole loop on this machine: a procedural city, two local executors, a report at the end."""
     from optimizer.commands import run_demo
 
-    raise typer.Exit(run_demo(windows=windows, out=out, policy=policy, plain=plain, console=Console()))
+    raise typer.Exit(run_demo(windows=windows, out=out, policy=policy, plain=plain, console=_console()))
 
 
 @app.command()
@@ -79,7 +79,7 @@ def experiment(
 
     names = [name for name in policies.split(",") if name]
     raise typer.Exit(
-        run_experiment(site_file, names, windows=windows, out=out, num_executors=executors, console=Console())
+        run_experiment(site_file, names, windows=windows, out=out, num_executors=executors, console=_console())
     )
 
 
@@ -232,6 +232,11 @@ def watch(
     from optimizer.watch import watch as watch_site
 
     watch_site(address)
+
+
+def _console() -> Console:
+    """A terminal as wide as it is; elsewhere wide enough for the tables."""
+    return Console() if sys.stdout.isatty() else Console(width=120)
 
 
 def main() -> None:
