@@ -40,12 +40,12 @@ def test_time_of_a_study_of_10_streams_on_8_gpus_over_3_windows(
     found = []
 
     def simulate() -> None:
-        made = study(tmp_path, rows, table=TABLE, num_windows=3, window_s=200.0)
+        made = study(tmp_path, rows, table=TABLE, budget_s=0.3, num_windows=3, window_s=200.0)
         found.append(made.row(policy, 10, 8, 0))
 
     simulate()  # loads the solver
     pedantic: Any = benchmark.pedantic
-    pedantic(simulate, rounds=3)
+    pedantic(simulate, rounds=2)
     benchmark.extra_info["accuracy"] = round(found[-1].accuracy, 4)
     benchmark.extra_info["decisions"] = found[-1].decisions
     # The longest that its decisions may take; what the simulation adds is far below that.

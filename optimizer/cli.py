@@ -128,7 +128,7 @@ def simulate(
         bool, typer.Option("--profiling/--free-profiling", help="Micro-profiling takes its measured time, or none.")
     ] = False,
     gate: Annotated[bool, typer.Option(help="Refuse retrained models that are no better.")] = True,
-    budget: Budget = 1.0,
+    budget: Budget = 0.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of tables.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and plots.")] = None,
 ) -> None:
@@ -177,7 +177,7 @@ def capacity(
     window_s: WindowSeconds = 200.0,
     full_share: FullShare = 0.25,
     share_quantum: Quantum = 0.1,
-    budget: Budget = 1.0,
+    budget: Budget = 0.5,
     max_streams: Annotated[int, typer.Option(help="Search no further than to so many streams.")] = 64,
     max_gpus: Annotated[int, typer.Option(help="Search no further than to so many GPUs.")] = 32,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,

@@ -57,8 +57,10 @@ def random_rows(seed: int, num_cities: int = 6, num_windows: int = 2) -> list[Ro
     return rows
 
 
-def study(folder: Path, rows: Sequence[Row], *, table: str = ALL_OR_NOTHING, **knobs: Any) -> Study:
+def study(
+    folder: Path, rows: Sequence[Row], *, table: str = ALL_OR_NOTHING, budget_s: float = 2.0, **knobs: Any
+) -> Study:
     plain: dict[str, Any] = {"num_windows": 1, "window_s": 100.0}
     inference = folder / "inference.csv"
     inference.write_text(table)
-    return make_study(write_trace(folder / "trace.csv", rows), inference, StudyKnobs(**(plain | knobs)), 2.0)
+    return make_study(write_trace(folder / "trace.csv", rows), inference, StudyKnobs(**(plain | knobs)), budget_s)
