@@ -10,7 +10,7 @@ from rich.table import Table
 
 from optimizer.execution import gpu_classes
 from optimizer.explain_figure import draw_plan
-from optimizer.explain_words import Explained, explain_stream, points
+from optimizer.explain_words import Explained, explain_stream
 from optimizer.problems import load_problem
 from protocol.codec import load_json
 from protocol.errors import InputError
@@ -77,7 +77,10 @@ def _few(explained: Explained) -> list[str]:
 
 def _overview(explained: Explained) -> Table:
     few = len(explained.profiles) <= MANY_CHOICES
-    caption = "next best: with another retraining configuration, everything else as planned, and what the site loses"
+    caption = (
+        "next best: with another retraining configuration, everything else as planned; change of the site's accuracy "
+        "in points"
+    )
     table = Table(box=SIMPLE_HEAD, caption=caption if few else None, padding=(0, 1, 0, 0))
     for heading in ("stream", "accuracy", "retraining", "served with", *(("next best",) if few else ())):
         table.add_column(heading, overflow="fold", justify="right" if heading == "accuracy" else "left")
@@ -97,9 +100,8 @@ def _overview(explained: Explained) -> Table:
         ]
         if few:
             other = next(iter(explained.others(stream_id)), None)
-            loss = None if other is None else explained.verdict.value - other.site_value
-            name = "" if other is None else other.retrain_id or "no retraining"
-            cells.append("" if loss is None else f"{name}: {points(loss)}")
+            change = 0.0 if other is None else 100.0 * (other.site_value - explained.verdict.value)
+            cells.append("" if other is None else f"{other.retrain_id or 'no retraining'}: {change:+.3f}")
         table.add_row(*cells)
     return table
 

@@ -15,6 +15,7 @@ from optimizer.execution import retrain_seconds
 from optimizer.explain_choices import Choice, choices, quantum_values
 from optimizer.objective import attainable_floor, judge
 from optimizer.policies.timeline_bound import Dual, dual_of_few, dual_of_many
+from optimizer.policies.timeline_model import build_model
 from optimizer.verdicts import StreamVerdict, Verdict
 from protocol.plan import Assignment, Plan, Problem, StreamProfile
 from protocol.schema import Record
@@ -55,7 +56,7 @@ def slot_prices(problem: Problem, budget_s: float = PRICE_BUDGET_S) -> Prices:
     grid_s = np.linspace(0.0, problem.window_s, problem.num_slots + 1)
     deadline = time.monotonic() + budget_s
     find = dual_of_many if len(problem.streams) > MANY_STREAMS else dual_of_few
-    dual: Dual = find(problem, frozenset(), grid_s, deadline)
+    dual: Dual = find(build_model(problem), grid_s, deadline)
     model = dual.pricer.model
     found: list[SlotPrice] = []
     for one in model.classes:
