@@ -19,9 +19,9 @@ from rich.console import Console
 from rich.table import Table
 
 from optimizer.simulate import check_policies, counts, make_folder, remarks, write_json
-from optimizer.trace import parse_list
 from optimizer.trace_figures import line, outside_legend, write_figure
 from optimizer.trace_study import Study
+from optimizer.traces import parse_list
 from protocol.errors import InputError
 from protocol.schema import Record
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.table import Table
 
 from optimizer.policies.registry import policy_entry
-from optimizer.trace import parse_list
 from optimizer.trace_cloud import LINKS
 from optimizer.trace_figures import write_simulate_figures
 from optimizer.trace_study import Study, StudyRow
+from optimizer.traces import parse_list
 from protocol.errors import InputError
 
 

@@ -20,9 +20,9 @@ from optimizer.policies.thief import thief
 from optimizer.problems import random_problem
 from optimizer.simulator import SimulatedExecutor, Simulation
 from optimizer.state import SiteState
-from optimizer.trace import BUILT_IN_TABLE, InferenceTable, Trace, draw_streams, load_inference_table, load_trace
 from optimizer.trace_cloud import LINKS, CloudChoice, arrivals, cloud_factor
 from optimizer.trace_world import StudyKnobs, TraceProfiler, TraceSite, TraceWorld, initial_gpus
+from optimizer.traces import BUILT_IN_TABLE, InferenceTable, Trace, draw_streams, load_inference_table, load_trace
 from protocol.errors import InputError, PlanError
 from protocol.events import RetrainFinished
 from protocol.plan import Plan, Problem, SolveReport

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 
 from optimizer.config import BootstrapConfig, GateConfig, ProfilingConfig, SiteConfig
-from optimizer.trace import DrawnStream, InferenceTable, Trace, TracedRetraining, TracedWindow
+from optimizer.traces import DrawnStream, InferenceTable, Trace, TracedRetraining, TracedWindow
 from protocol import messages as m
 from protocol.plan import InferenceProfile, RetrainProfile, StreamProfile
 from protocol.schema import (

@@ -16,9 +16,9 @@ from rich.console import Console
 
 from optimizer import cli
 from optimizer.simulate import check_policies, simulate
-from optimizer.trace import draw_streams
 from optimizer.trace_study import InProcess, StudyRow, simulate_site
 from optimizer.trace_world import TraceSite
+from optimizer.traces import draw_streams
 from protocol.errors import InputError
 from protocol.events import PlanSolved
 from tests.optimizer.tiny_trace import random_rows, row, study, write_trace

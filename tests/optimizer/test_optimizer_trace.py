@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from optimizer.trace import BUILT_IN_TABLE, COLUMNS, draw_streams, load_inference_table, load_trace, parse_list
+from optimizer.traces import BUILT_IN_TABLE, COLUMNS, draw_streams, load_inference_table, load_trace, parse_list
 from protocol.errors import InputError
 from tests.optimizer.tiny_trace import random_rows, row, write_trace
 

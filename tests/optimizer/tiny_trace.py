@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from optimizer.trace import COLUMNS
 from optimizer.trace_study import Study, make_study
 from optimizer.trace_world import StudyKnobs
+from optimizer.traces import COLUMNS
 
 # city, window, config, epochs, before, after, GPU-s, after predicted, GPU-s predicted, micro-profiling s
 Row = tuple[str, int, int, int, float, float, float, float, float, float]
