@@ -48,7 +48,7 @@ from protocol.plan import Assignment, Plan, Problem, SolveReport, SolveStatus
 
 POLICY = "timeline"
 FEW_STREAMS = 60  # beyond, the linear master costs more than it gains
-EXHAUSTIVE_STREAMS = 3
+EXHAUSTIVE_STREAMS = 4
 MANY_STREAMS = 300
 FIRST_LAYOUTS = tuple((dearer, part) for dearer in (1.0, 0.7, 1.4) for part in (1.0, 0.8, 0.6, 0.5))
 STEPS_PER_STREAM = 200

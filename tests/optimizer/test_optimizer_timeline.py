@@ -146,7 +146,7 @@ def assert_never_oversubscribed(problem: Problem, plan: Plan, seed: int) -> None
             assert not gpu.memory_bytes or num_bytes <= gpu.memory_bytes
 
 
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", range(10))
 def test_every_plan_is_feasible_below_its_bound_and_safe_in_any_order_of_events(seed: int) -> None:
     problem = mixed_problem(seed)
     plan = timeline(problem, 0.4, seed=seed)
@@ -169,7 +169,7 @@ def other_plans(problem: Problem) -> list[Plan]:
     return plans
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(10))
 def test_the_bound_is_never_below_a_feasible_plan_of_another_policy(seed: int) -> None:
     problem = mixed_problem(seed) if seed % 2 else random_problem(5 + seed % 4, 2 + seed % 3, 6, seed)
     bound = timeline(problem, 0.3).report.bound
@@ -182,10 +182,10 @@ def test_the_bound_is_never_below_a_feasible_plan_of_another_policy(seed: int) -
             assert verdict.value <= bound + 1e-9, plan.report.policy
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_plans_are_at_least_as_good_as_those_of_the_thief(seed: int) -> None:
     problem = random_problem(8, 4, 12, seed)
-    plan = timeline(problem, 2.0)
+    plan = timeline(problem, 1.0)
     other = judge(problem, get_policy("thief")(problem, 1.0))
     assert judge(problem, plan).value >= other.value
 
@@ -207,7 +207,7 @@ def test_a_stream_that_is_served_well_stays_where_it_is_when_moving_has_a_price(
         for i, s in enumerate(base.streams)
     )
     problem = msgspec.structs.replace(base, streams=streams, migration_s=5.0, config_change_s=2.0)
-    plan = timeline(problem, 2.0)
+    plan = timeline(problem, 1.0)
     assert [a.inference[0].gpu_id for a in plan.assignments] == ["gpu2", "gpu1", "gpu0"]
     assert [len(a.inference) for a in plan.assignments] == [1, 1, 1]
     assert plan.report.status == "optimal"
@@ -234,7 +234,7 @@ def test_floors_that_cannot_all_be_kept_are_broken_for_as_few_streams_as_first_f
         ),
         min_accuracy=0.7,
     )
-    streams = tuple(msgspec.structs.replace(stream, stream_id=f"s{i}") for i in range(4))
+    streams = tuple(msgspec.structs.replace(stream, stream_id=f"s{i}") for i in range(3))
     problem = Problem(window_s=60.0, gpus=(GpuSpec(gpu_id="g"),), streams=streams)
     plan = timeline(problem, 1.0)
     verdict = judge(problem, plan)
