@@ -234,7 +234,7 @@ def test_floors_that_cannot_all_be_kept_are_broken_for_as_few_streams_as_first_f
         ),
         min_accuracy=0.7,
     )
-    streams = tuple(msgspec.structs.replace(stream, stream_id=f"s{i}") for i in range(3))
+    streams = tuple(msgspec.structs.replace(stream, stream_id=f"s{i}") for i in range(4))
     problem = Problem(window_s=60.0, gpus=(GpuSpec(gpu_id="g"),), streams=streams)
     plan = timeline(problem, 1.0)
     verdict = judge(problem, plan)
