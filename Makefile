@@ -32,7 +32,7 @@ bench: $(STAMP)
 
 experiment: $(STAMP)
 	$(BIN)/ekya-optimizer experiment examples/city.toml --policies milp,thief,uniform,none --out $(OUT)/experiment-city
-	$(BIN)/ekya-optimizer experiment examples/street.toml --policies milp,thief,uniform,none --out $(OUT)/experiment-street
+	$(BIN)/ekya-optimizer experiment examples/street.toml --executors 1 --policies milp,thief,uniform,none --out $(OUT)/experiment-street
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks
