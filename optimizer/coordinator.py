@@ -276,8 +276,11 @@ class Coordinator:
         if state.phase == "bootstrap":
             self._pipeline.assign(self.executors, now, share=1.0)
             if self.executors and all(s.checkpoint and s.stage == "done" for s in state.streams.values()):
-                state.origin_s = now
-                self._open_window(0, now)
+                if self._num_windows == 0:
+                    state.phase = "finished"  # only the first models were asked for
+                else:
+                    state.origin_s = now
+                    self._open_window(0, now)
         if state.phase in WINDOW_PHASES and now >= self.window_end_s():
             self._end_window(now)
         if state.phase == "profiling" and state.room_made and not self._asker.waiting:

@@ -220,3 +220,12 @@ def test_a_stream_that_moves_is_served_at_the_old_place_until_the_new_one_is_rea
     run.run(until_s=run.now + 4.0)
     for other in moved[1:]:
         assert f"serve/{other.stream_id}" not in run.executors["gpu0"].serving
+
+
+def test_no_window_at_all_only_makes_the_first_models() -> None:
+    run, world, _ = simulation(site(), num_windows=0)
+    run.run(until_s=1000.0)
+    assert run.finish is not None
+    assert run.finish.exit_code == 0
+    assert not any(isinstance(e, WindowClosed) for e in run.events)
+    assert len(world.models) == 2
