@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 
 import msgspec
-from optimizer.policies.registry import get_policy
 
 from optimizer.config import BootstrapConfig, ProfilingConfig, SiteConfig
 from optimizer.coordinator import Coordinator
+from optimizer.policies.registry import get_policy
 from optimizer.simulator import SimulatedExecutor, Simulation
 from optimizer.state import SiteState
 from protocol import messages as m
