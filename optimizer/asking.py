@@ -17,6 +17,8 @@ from optimizer.summaries import plan_solved
 from protocol.plan import Plan, Problem
 
 WINDOW_PHASES = ("profiling", "planning", "executing")
+# Phases without retrainings: before the first window, and while a window's profiling takes its share.
+_SERVING_ONLY = ("starting", "profiling")
 
 
 class _Question(msgspec.Struct, frozen=True):
@@ -57,29 +59,29 @@ class Asker:
 
     def ask_if_wanted(self, now: float) -> None:
         state, reason = self._state, self._wanted
-        if reason is None or state.phase not in WINDOW_PHASES:
+        if reason is None or state.phase not in (*WINDOW_PHASES, "starting"):
             return
-        left = (self._state.window_opened_s + self._site.window_s) - now
+        left = self._site.window_s if state.phase == "starting" else state.window_opened_s + self._site.window_s - now
         homeless = any(s.checkpoint and not s.serving_executor for s in state.streams.values())
         if state.phase == "executing" and left < self._site.replan_s and not homeless:
             self._wanted = None
             return
-        profiling = state.phase == "profiling"
+        serving_only = state.phase in _SERVING_ONLY
         problem = questions.make_problem(
             state,
             self._site,
             self._executors,
             now=now,
             left_s=max(left, 0.1),
-            reserved_share=self._site.profiling.share if profiling else 0.0,
-            with_retraining=not profiling,
+            reserved_share=self._site.profiling.share if state.phase == "profiling" else 0.0,
+            with_retraining=not serving_only,
         )
         if problem is None:
             return  # asked again as soon as an executor is there
         self._wanted = None
         self._token += 1
         phase: Literal["profiling", "plan", "replan"] = (
-            "profiling" if profiling else "plan" if state.phase == "planning" else "replan"
+            "profiling" if serving_only else "plan" if state.phase == "planning" else "replan"
         )
         self._question = _Question(self._token, problem, phase, reason, now)
         self._emit.add(Solve(token=self._token, problem=problem, window=state.window, phase=phase))

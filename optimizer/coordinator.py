@@ -3,7 +3,7 @@
 ``handle(event, now) -> [output]`` is synchronous and pure but for the state it owns: no sockets, no
 clock, no files. The service carries the outputs out; tests and simulations drive it directly.
 
-    gathering -> bootstrap -> [ profiling -> planning -> executing ]* -> finished
+    gathering -> bootstrap -> starting -> [ profiling -> planning -> executing ]* -> finished
 
 ``now`` is the site clock in seconds; it goes on across restarts of the optimizer.
 """
@@ -20,6 +20,7 @@ from optimizer.closing import Closer
 from optimizer.config import SiteConfig
 from optimizer.dispatching import Dispatcher
 from optimizer.emitter import Emitter
+from optimizer.following import serving_job_id
 from optimizer.gate import accuracy_when_live, decide
 from optimizer.pipeline import Pipeline
 from optimizer.ports import (
@@ -38,6 +39,9 @@ from optimizer.state import ExecutorState, SiteState, StreamState
 from protocol import messages as m
 from protocol.events import ExecutorChanged, RetrainFinished, WindowOpened
 from protocol.plan import PlanVersion
+
+# The first window opens at the latest so long after the first models were there.
+_START_S = 15.0
 
 
 class Coordinator:
@@ -180,7 +184,9 @@ class Coordinator:
             self._forget_jobs(executor_id)
         if missing:
             self._asker.want(f"executors {', '.join(sorted(missing))} did not come back")
-        elif self.state.phase == "planning" or (self.state.phase == "profiling" and not self.state.room_made):
+        elif self.state.phase in ("starting", "planning") or (
+            self.state.phase == "profiling" and not self.state.room_made
+        ):
             self._asker.want("optimizer restarted")
 
     # ------------------------------------------------------------ messages
@@ -279,8 +285,10 @@ class Coordinator:
                 if self._num_windows == 0:
                     state.phase = "finished"  # only the first models were asked for
                 else:
-                    state.origin_s = now
-                    self._open_window(0, now)
+                    state.origin_s, state.plan_s, state.phase = now, now, "starting"
+                    self._asker.want("first models are there")
+        if state.phase == "starting" and (self._all_served() or now - state.plan_s > _START_S):
+            self._open_window(0, now)
         if state.phase in WINDOW_PHASES and now >= self.window_end_s():
             self._end_window(now)
         if state.phase == "profiling" and state.room_made and not self._asker.waiting:
@@ -288,6 +296,11 @@ class Coordinator:
         self._closer.close_due(now)
         if state.phase == "finished" and not self._closer.waiting and not self._over:
             self._finish(0, f"{state.window + 1} windows are done")
+
+    def _all_served(self) -> bool:
+        """Every stream's worker is ready: the first window is not spent on starting them."""
+        ready = {w.job_id for e in self.executors.values() for w in e.workers if w.state == "ready"}
+        return all(serving_job_id(stream_id) in ready for stream_id in self.state.streams)
 
     def _open_window(self, window: int, opened_s: float) -> None:
         state = self.state

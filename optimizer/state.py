@@ -13,7 +13,7 @@ from protocol.messages import LabelJob, RetrainJob, TrialJob, WorkerStatus
 from protocol.plan import Plan, PlanVersion, StreamProfile
 from protocol.schema import CheckpointRef, DatasetRef, GpuSpec, InferenceConfig, RetrainConfig
 
-Phase = Literal["gathering", "bootstrap", "profiling", "planning", "executing", "finished"]
+Phase = Literal["gathering", "bootstrap", "starting", "profiling", "planning", "executing", "finished"]
 Stage = Literal["label", "train", "trial", "done"]
 PipelineJob = LabelJob | TrialJob | RetrainJob
 

@@ -29,6 +29,8 @@ from protocol.plan import Plan, Problem, SolveReport
 from protocol.schema import GpuSpec, Record
 
 INCUMBENT_BUDGET_S = 0.05
+WARM_UP_S = 60.0
+MORE_TIME = 20.0
 
 
 class StudyRow(Record, frozen=True, kw_only=True):
@@ -109,13 +111,17 @@ class InProcess:
         self._policy: Policy = get_policy(name)
         self._exact = policy_entry(name).exact
         self._free_profiling = free_profiling
-        self._policy(random_problem(2, 1, 3, seed=0), budget_s)
+        self._policy(random_problem(2, 1, 3, seed=0), WARM_UP_S)
 
     def __call__(self, problem: Problem, last: Plan | None) -> Plan:
         if self._free_profiling and any(gpu.reserved_share > 0.0 for gpu in problem.gpus):
             return cheapest(problem)  # in force for no time at all
         if not self._exact:
-            return self._policy(problem, self.budget_s)
+            try:
+                return self._policy(problem, self.budget_s)
+            except PlanError:
+                # On a busy machine a solver may find nothing in time; the decision then takes as long as it takes.
+                return self._policy(problem, MORE_TIME * self.budget_s)
         found: list[Plan] = []
         for make in self._methods(problem, last):
             try:

@@ -178,8 +178,9 @@ def test_a_stream_that_cannot_be_started_ends_the_run_with_exit_code_2() -> None
 
 
 def test_an_unacknowledged_plan_is_sent_again_unchanged() -> None:
-    run, _, _ = simulation(site(), num_windows=None)
+    run, _, _ = simulation(site(retrain=()), num_windows=None)
     run.run(until_s=150.0)
+    run.run(until_s=run.coordinator.window_end_s() - 10.0)
     executor = run.coordinator.executors["gpu0"]
     sent = executor.sent
     executor.applied = None
