@@ -64,6 +64,27 @@ class Carrier:
             ready = home is not None and any(w.job_id == job_id and w.state == "ready" for w in home.workers)
             if ready or leaving.executor_id == stream.serving_executor or now - leaving.since_s > _MOVE_S:
                 stream.leaving = None
+        self._make_room()
+
+    def _make_room(self) -> None:
+        """Old places stay only as far as there is room beside the plan: a GPU is never promised more than it has."""
+        used = dict.fromkeys(self._executors, 0.0)
+        for stream in self._state.streams.values():
+            if stream.serving_config and stream.serving_executor in used:
+                used[stream.serving_executor] += stream.serving_share
+            if stream.running and stream.running.executor_id in used:
+                used[stream.running.executor_id] += stream.running.share
+        for executor_id, job in self._state.pipeline.items():
+            if executor_id in used:
+                used[executor_id] += job.share
+        for stream in self._state.streams.values():
+            leaving = stream.leaving
+            if leaving is None:
+                continue
+            used[leaving.executor_id] = used.get(leaving.executor_id, 0.0) + leaving.share
+            if used[leaving.executor_id] > 1.0 + 1e-6:
+                used[leaving.executor_id] -= leaving.share
+                stream.leaving = None
 
     def _set_retraining(self, stream: StreamState, wish: Retraining | None, planned: bool, now: float) -> None:
         running = stream.running

@@ -205,6 +205,7 @@ class Coordinator:
                 self._emit.notice("warning", f"{executor.executor_id} refused plan {_text(version)}: {reason}")
                 if held is not None and held.term > self.state.term:
                     self.state.term = held.term + 1
+                executor.refused_s = now
                 self._dispatcher.forget(executor.executor_id)
             case m.LabelsDone(job_id=job_id, result=labels):
                 self._emit.add(*self._pipeline.labelled(job_id, labels, now))

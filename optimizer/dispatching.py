@@ -44,9 +44,12 @@ class Dispatcher:
         changed = {
             executor_id
             for executor_id, executor in self._executors.items()
-            if self._jobs.get(executor_id) != wanted[executor_id]
-            or executor.sent is None
-            or executor.sent.window != state.window
+            if not self._pausing(executor, now)
+            and (
+                self._jobs.get(executor_id) != wanted[executor_id]
+                or executor.sent is None
+                or executor.sent.window != state.window
+            )
         }
         if changed:
             state.revision += 1
@@ -55,9 +58,19 @@ class Dispatcher:
         for executor_id, executor in self._executors.items():
             if executor_id in changed:
                 executor.sent = PlanVersion(term=state.term, window=state.window, revision=state.revision)
-            elif executor.sent is None or executor.applied == executor.sent or now - executor.sent_s < _RESEND_S:
+            elif (
+                executor.sent is None
+                or executor.applied == executor.sent
+                or now - executor.sent_s < _RESEND_S
+                or self._pausing(executor, now)
+            ):
                 continue
             executor.sent_s = now
             self._jobs[executor_id] = wanted[executor_id]
             jobs = stamp_positions(wanted[executor_id], site_s)
             self._emit.send(executor_id, m.ApplyPlan(version=executor.sent, lifetime_s=_LIFETIME_S, jobs=jobs))
+
+    @staticmethod
+    def _pausing(executor: ExecutorState, now: float) -> bool:
+        """It refused a plan a moment ago; the same one again and again would only keep both of us busy."""
+        return executor.refused_s is not None and now - executor.refused_s < _RESEND_S

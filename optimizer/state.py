@@ -19,7 +19,8 @@ PipelineJob = LabelJob | TrialJob | RetrainJob
 
 
 class ExecutorState(msgspec.Struct, kw_only=True):
-    """One joined executor. ``sent`` is the newest plan sent to it, ``applied`` the newest it acknowledged."""
+    """One joined executor. ``sent`` is the newest plan sent to it, ``applied`` the newest it acknowledged,
+    ``refused_s`` when it last refused one."""
 
     executor_id: str
     incarnation: str
@@ -28,6 +29,7 @@ class ExecutorState(msgspec.Struct, kw_only=True):
     sent: PlanVersion | None = None
     sent_s: float = 0.0
     applied: PlanVersion | None = None
+    refused_s: float | None = None
     workers: tuple[WorkerStatus, ...] = ()
 
 

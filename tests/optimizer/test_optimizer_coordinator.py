@@ -5,9 +5,9 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from optimizer.ports import Received
+from optimizer.ports import Received, Tick
 from optimizer.simulator import SimulatedExecutor
-from optimizer.state import SiteState
+from optimizer.state import Leaving, SiteState
 from protocol import messages as m
 from protocol.events import ExecutorChanged, Notice, PlanSolved, RetrainFinished, WindowClosed
 from protocol.schema import GpuSpec
@@ -194,33 +194,41 @@ def test_worlds_do_not_share_state() -> None:
 
 
 def test_a_stream_that_moves_is_served_at_the_old_place_until_the_new_one_is_ready() -> None:
-    run, world, _ = simulation(site(num_streams=3, migration_s=0.0), num_gpus=1, num_windows=None)
-    run.run(until_s=150.0)
-    run.join(SimulatedExecutor(GpuSpec(gpu_id="gpu9"), world))
-    run.run(until_s=run.now + 0.4)
-    moved = [s for s in run.coordinator.state.streams.values() if s.serving_executor == "gpu9"]
-    assert moved
-    job_id = f"serve/{moved[0].stream_id}"
-    assert job_id in run.executors["gpu0"].serving
-    assert job_id in run.executors["gpu9"].serving
+    run, _, _ = simulation(site(num_streams=1, retrain=()), num_gpus=2, num_windows=None)
+    run.run(until_s=170.0)
+    stream = run.coordinator.state.streams["s0"]
+    new, old = stream.serving_executor, "gpu1" if stream.serving_executor == "gpu0" else "gpu0"
+    assert stream.serving_config is not None
+    stream.leaving = Leaving(executor_id=old, config=stream.serving_config, share=0.4, since_s=run.now)
+    run.give(Tick())
+    assert "serve/s0" in run.executors[old].serving
+    assert "serve/s0" in run.executors[new].serving
     worker = m.WorkerStatus(
-        job_id=job_id,
+        job_id="serve/s0",
         kind="inference",
-        stream_id=moved[0].stream_id,
+        stream_id="s0",
         pid=1,
         state="ready",
-        share_granted=0.2,
+        share_granted=0.4,
         share_achieved=None,
         progress=1,
     )
-    beat = m.Heartbeat(
-        executor_id="gpu9", incarnation="1", loop_count=1, held=run.executors["gpu9"].held, workers=(worker,)
-    )
-    run.give(Received(executor_id="gpu9", message=beat))
-    assert job_id not in run.executors["gpu0"].serving
+    held = run.executors[new].held
+    beat = m.Heartbeat(executor_id=new, incarnation="1", loop_count=1, held=held, workers=(worker,))
+    run.give(Received(executor_id=new, message=beat))
+    assert "serve/s0" not in run.executors[old].serving
+    assert "serve/s0" in run.executors[new].serving
+
+
+def test_an_old_place_is_not_kept_for_ever() -> None:
+    run, _, _ = simulation(site(num_streams=1, retrain=()), num_gpus=2, num_windows=None)
+    run.run(until_s=170.0)
+    stream = run.coordinator.state.streams["s0"]
+    old = "gpu1" if stream.serving_executor == "gpu0" else "gpu0"
+    assert stream.serving_config is not None
+    stream.leaving = Leaving(executor_id=old, config=stream.serving_config, share=0.4, since_s=run.now)
     run.run(until_s=run.now + 4.0)
-    for other in moved[1:]:
-        assert f"serve/{other.stream_id}" not in run.executors["gpu0"].serving
+    assert "serve/s0" not in run.executors[old].serving
 
 
 def test_no_window_at_all_only_makes_the_first_models() -> None:
@@ -230,3 +238,31 @@ def test_no_window_at_all_only_makes_the_first_models() -> None:
     assert run.finish.exit_code == 0
     assert not any(isinstance(e, WindowClosed) for e in run.events)
     assert len(world.models) == 2
+
+
+def test_an_old_place_is_given_up_at_once_where_the_new_plan_needs_its_share() -> None:
+    run, _, _ = simulation(site(num_streams=4), num_gpus=2, num_windows=None)
+    run.run(until_s=150.0)
+    state = run.coordinator.state
+    stream = state.streams["s0"]
+    other = "gpu1" if stream.serving_executor == "gpu0" else "gpu0"
+    assert stream.serving_config is not None
+    stream.leaving = Leaving(executor_id=other, config=stream.serving_config, share=1.0, since_s=run.now)
+    run.run(until_s=run.now + 0.6)
+    assert stream.leaving is None
+    assert run.peak_share <= 1.0 + 1e-9
+
+
+def test_a_refused_plan_is_not_sent_again_and_again() -> None:
+    run, _, _ = simulation(site(retrain=()), num_windows=None)
+    run.run(until_s=170.0)
+    held = run.executors["gpu0"].held
+    assert held is not None
+    before = run.coordinator.state.revision
+    refusal = m.PlanRefused(executor_id="gpu0", version=held, held=held, reason="not executable")
+    run.give(Received(executor_id="gpu0", message=refusal))
+    assert run.coordinator.state.revision == before
+    run.run(until_s=run.now + 2.0)
+    assert run.coordinator.state.revision == before + 1
+    assert run.executors["gpu0"].held is not None
+    assert run.executors["gpu0"].held > held
