@@ -11,6 +11,7 @@ from executor.shares.devices import find_device
 from executor.signals import SignalWakeup
 from protocol import logs
 from protocol.errors import EkyaError
+from protocol.packages import check_packages
 from protocol.sockets import parse_address
 
 
@@ -18,6 +19,7 @@ def start(flags: dict[str, object], config_path: str | None = None) -> int:
     """Run an executor until it leaves; returns the exit code. Errors of the user go to stderr, one line each."""
     signals = SignalWakeup()
     try:
+        check_packages()
         config = make_config(flags, config_path)
         logs.configure("executor", config.log_level)
         parse_address(config.connect, "--connect")

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from protocol.errors import EkyaError, InputError, UnreachableError
+from protocol.packages import check_packages
 
 app = typer.Typer(
     add_completion=False,
@@ -242,6 +243,7 @@ def _console() -> Console:
 def main() -> None:
     """Console script. Exit code 2: unusable input; 1: something went wrong here; no traceback for either."""
     try:
+        check_packages()
         app(standalone_mode=True)
     except (InputError, UnreachableError) as error:
         print(f"ekya-optimizer: {error}", file=sys.stderr)

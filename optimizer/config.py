@@ -172,6 +172,9 @@ def _check(site: SiteConfig, origin: str) -> None:
         if len(set(stream.classes)) < len(stream.classes):
             raise ConfigError(f"{where}: classes must differ from one another")
         if isinstance(stream.source, RecordedSource):
+            for path in (path for clip in stream.source.clips for path in (clip.video, clip.samples)):
+                if not Path(path).is_file():
+                    raise ConfigError(f"{where}: {path} is not there; paths are relative to the site file")
             for coco, name in stream.source.class_map.items():
                 if name and name not in stream.classes:
                     allowed = ", ".join(stream.classes)

@@ -39,6 +39,13 @@ epochs = 5
 """
 
 
+@pytest.fixture(autouse=True)
+def _clips(tmp_path: Path) -> None:
+    (tmp_path / "clips").mkdir()
+    for name in ("a.mp4", "a.csv"):
+        (tmp_path / "clips" / name).touch()
+
+
 def load(tmp_path: Path, text: str | bytes) -> str:
     path = tmp_path / "site.toml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -74,6 +81,7 @@ def test_a_good_file_loads_with_defaults_and_absolute_paths(tmp_path: Path) -> N
         ("epochs = 5", "epochs = 0", ["retrain[0].epochs"]),
         ("epochs = 5", "epochs = 5\nlearning_rat = 1", ["'learning_rat'", "learning_rate"]),
         ('config_id = "full"', 'config_id = "full"\nresolution_px = 128', ["'full'", "crop_px"]),
+        ('video = "clips/a.mp4"', 'video = "clips/b.mp4"', ["'lot'", "clips/b.mp4", "not there"]),
         ("[stream_defaults]", "stream_defaults = 3\n[other]", ["stream_defaults"]),
         ("name =", "nam e =", ["TOML"]),
         ('name = "yard"', 'name = "my yard"', ["name"]),

@@ -1,0 +1,25 @@
+"""The four top-level packages have plain names: another distribution's could stand before ours on the path."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+from protocol.errors import InputError
+
+_PACKAGES = ("protocol", "optimizer", "executor", "profiler")
+
+
+def check_packages() -> None:
+    """Raises InputError, naming the places, when the packages of this program do not come from one directory."""
+    places: dict[str, Path | None] = {}
+    for name in _PACKAGES:
+        spec = importlib.util.find_spec(name)
+        places[name] = Path(spec.origin).resolve().parent.parent if spec and spec.origin else None
+    home = places["protocol"]
+    astray = [f"{name} from {place or 'nowhere'}" for name, place in places.items() if place != home]
+    if astray:
+        raise InputError(
+            f"the packages of Ekya belong together in {home}, but Python finds {', '.join(astray)}; "
+            "install Ekya into a virtual environment of its own"
+        )

@@ -1,0 +1,36 @@
+"""The packages of the program are looked for together."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def complain(first: Path) -> str:
+    """What the check says when ``first`` is searched before the checkout."""
+    path = os.pathsep.join([str(first), str(ROOT)])
+    code = "from protocol.packages import check_packages; check_packages()"
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        cwd=first,
+        capture_output=True,
+        check=False,
+    )
+    return run.stderr.decode()
+
+
+def test_packages_from_one_directory_are_fine(tmp_path: Path) -> None:
+    assert complain(tmp_path) == ""
+
+
+def test_a_foreign_package_in_front_of_ours_is_named(tmp_path: Path) -> None:
+    (tmp_path / "profiler").mkdir()
+    (tmp_path / "profiler" / "__init__.py").touch()
+    told = complain(tmp_path)
+    assert "InputError" in told
+    assert f"profiler from {tmp_path}" in told
