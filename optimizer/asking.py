@@ -62,7 +62,9 @@ class Asker:
         if reason is None or state.phase not in (*WINDOW_PHASES, "starting"):
             return
         left = self._site.window_s if state.phase == "starting" else state.window_opened_s + self._site.window_s - now
-        homeless = any(s.checkpoint and not s.serving_executor for s in state.streams.values())
+        homeless = any(
+            s.checkpoint and not s.serving_executor and s.stream_id not in state.shed for s in state.streams.values()
+        )
         if state.phase == "executing" and left < self._site.replan_s and not homeless:
             self._wanted = None
             return
@@ -73,7 +75,7 @@ class Asker:
             self._executors,
             now=now,
             left_s=max(left, 0.1),
-            reserved_share=self._site.profiling.share if state.phase == "profiling" else 0.0,
+            reserved_share=state.profiling_share if state.phase == "profiling" else 0.0,
             with_retraining=not serving_only,
         )
         if problem is None:
@@ -92,14 +94,33 @@ class Asker:
             return  # the answer to an older question
         self._question = None
         if event.plan is None:
-            self._emit.notice("error", f"no plan for window {self._state.window}: {event.reason}; the last one goes on")
-        else:
-            self._start_plan(question, event.plan, now)
+            self._do_with_less(question, event.reason)
+            return
+        self._start_plan(question, event.plan, now)
         if question.phase == "profiling":
             self._state.room_made = True
         elif self._state.phase == "planning":
             self._state.phase = "executing"
         self._emit.save()
+
+    def _do_with_less(self, question: _Question, reason: str) -> None:
+        """No plan serves all that was asked for: give profiling less, and streams up only when nothing else helps."""
+        state = self._state
+        if state.phase == "profiling" and state.profiling_share > 0.0:
+            quanta = int(state.profiling_share / self._site.share_quantum + 1e-6) // 2
+            state.profiling_share = quanta * self._site.share_quantum
+            self.want("profiling has to do with less")
+            return
+        out = questions.too_many(question.problem)
+        if len(question.problem.streams) > len(out):
+            state.shed += out
+            for stream_id in out:
+                stream = state.streams[stream_id]
+                stream.serving_executor, stream.serving_config, stream.running = "", None, None
+            self._emit.notice("error", f"overloaded, not served in this window: {', '.join(out)} ({reason})")
+            self.want("overloaded")
+        else:
+            self._emit.notice("error", f"no plan for window {state.window}: {reason}")
 
     def _start_plan(self, question: _Question, plan: Plan, now: float) -> None:
         state = self._state

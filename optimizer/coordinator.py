@@ -133,6 +133,8 @@ class Coordinator:
         )
         self._dispatcher.forget(executor_id)
         change: Literal["joined", "rejoined"] = "rejoined" if again else "joined"
+        if not again:
+            self.state.shed = []
         self._emit.publish(
             ExecutorChanged(
                 executor_id=executor_id,
@@ -301,13 +303,14 @@ class Coordinator:
     def _all_served(self) -> bool:
         """Every stream's worker is ready: the first window is not spent on starting them."""
         ready = {w.job_id for e in self.executors.values() for w in e.workers if w.state == "ready"}
-        return all(serving_job_id(stream_id) in ready for stream_id in self.state.streams)
+        return all(serving_job_id(s) in ready for s in self.state.streams if s not in self.state.shed)
 
     def _open_window(self, window: int, opened_s: float) -> None:
         state = self.state
         first = window == 0
         state.window, state.window_opened_s = window, opened_s
         state.plan, state.ended, state.pipeline, state.room_made = None, [], {}, first
+        state.profiling_share, state.shed = self.site.profiling.share, []
         state.phase = "planning" if first else "profiling"
         for stream in state.streams.values():
             # The first window is planned on what the bootstrap has just measured.
@@ -341,7 +344,11 @@ class Coordinator:
 
     def _profile(self, now: float) -> None:
         """Run the pipeline in the room made for it; plan when it is through."""
-        self._pipeline.assign(self.executors, now, share=self.site.profiling.share)
+        if self.state.profiling_share > 0.0:
+            self._pipeline.assign(self.executors, now, share=self.state.profiling_share)
+        else:
+            self._emit.notice("warning", "the streams leave no room for profiling; the last estimates are used")
+            self._pipeline.cut_off()
         over = now - self.state.window_opened_s > self.site.profiling.limit * self.site.window_s
         if over and not self._pipeline.finished():
             self._emit.notice("warning", f"profiling was cut off after {self.site.profiling.limit:.0%} of the window")

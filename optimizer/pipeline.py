@@ -134,7 +134,7 @@ class Pipeline:
         window = max(state.window, 0)
         first = state.origin_s is None
         position = spec.start_s + (0.0 if state.origin_s is None else state.window_opened_s - state.origin_s)
-        name = f"{stream.stream_id}/w{window if not first else BOOTSTRAP_ID}"
+        name = f"{stream.stream_id}/{BOOTSTRAP_ID if first else f'w{window}'}"
         if stream.stage == "label":
             span = site.bootstrap.seconds if first else site.profiling.label_span * site.window_s
             fps = site.bootstrap.label_fps if first else spec.label_fps

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import msgspec
 
 from optimizer.config import SiteConfig
-from optimizer.execution import share_efficiency
+from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency
 from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
 from protocol.plan import Problem, RetrainProfile, StreamProfile
 from protocol.schema import GpuSpec, StreamSpec
@@ -45,7 +45,7 @@ def make_problem(
     streams = tuple(
         _stream(stream, specs[stream.stream_id], executors, now, with_retraining)
         for stream in state.streams.values()
-        if stream.checkpoint and stream.profile
+        if stream.checkpoint and stream.profile and stream.stream_id not in state.shed
     )
     if not streams or not executors:
         return None
@@ -61,6 +61,29 @@ def make_problem(
         config_change_s=site.config_change_s,
         migration_s=site.migration_s,
     )
+
+
+def too_many(problem: Problem) -> tuple[str, ...]:
+    """The streams to do without when no plan serves them all: least weight first, at least one.
+
+    Counts the cheapest configuration of every stream against all GPUs together; where that would fit, what is in
+    the way is packing, and leaving out one stream is the next thing to try.
+    """
+    room = sum(capacity_quanta(gpu, problem.share_quantum) for gpu in problem.gpus)
+    least = {
+        stream.stream_id: min(
+            needed_quanta(profile, gpu, problem.share_quantum) for profile in stream.inference for gpu in problem.gpus
+        )
+        for stream in problem.streams
+    }
+    order = sorted(problem.streams, key=lambda stream: (-stream.weight, least[stream.stream_id]))
+    kept: list[str] = []
+    for stream in order[: len(order) - 1]:
+        room -= least[stream.stream_id]
+        if room < 0:
+            break
+        kept.append(stream.stream_id)
+    return tuple(stream.stream_id for stream in problem.streams if stream.stream_id not in kept)
 
 
 def _stream(

@@ -87,7 +87,8 @@ class SiteState(msgspec.Struct, kw_only=True):
 
     ``ended``: streams whose retraining ended since ``plan`` started at ``plan_s``.
     ``pipeline``: the labelling, trial or bootstrap job that each executor runs now. ``room_made``: the
-    inference jobs have been planned so that profiling has its share.
+    inference jobs have been planned so that profiling has its share, ``profiling_share``. ``shed``: streams that
+    are not served because there is no room for them.
     """
 
     site: str
@@ -103,6 +104,8 @@ class SiteState(msgspec.Struct, kw_only=True):
     ended: list[str] = []
     pipeline: dict[str, PipelineJob] = {}
     room_made: bool = False
+    profiling_share: float = 0.0
+    shed: list[str] = []
     clock_s: float = 0.0
     clock_wall_s: float = 0.0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from optimizer.config import ProfilingConfig
 from optimizer.ports import Received, Tick
 from optimizer.simulator import SimulatedExecutor
 from optimizer.state import Leaving, SiteState
@@ -266,3 +267,31 @@ def test_a_refused_plan_is_not_sent_again_and_again() -> None:
     assert run.coordinator.state.revision == before + 1
     assert run.executors["gpu0"].held is not None
     assert run.executors["gpu0"].held > held
+
+
+def test_streams_that_do_not_fit_are_named_and_the_others_served() -> None:
+    run, _, _ = simulation(site(num_streams=3, share_quantum=0.5), num_gpus=1, num_windows=None)
+    run.run(until_s=200.0)
+    assert len(run.executors["gpu0"].serving) == 2
+    told = [e.text for e in run.events if isinstance(e, Notice) and "overloaded" in e.text]
+    assert told
+    assert run.peak_share <= 1.0 + 1e-9
+
+
+def test_a_stream_that_was_given_up_is_served_as_soon_as_an_executor_joins() -> None:
+    run, world, _ = simulation(site(num_streams=3, share_quantum=0.5), num_gpus=1, num_windows=None)
+    run.run(until_s=200.0)
+    run.join(SimulatedExecutor(GpuSpec(gpu_id="gpu9"), world))
+    run.run(until_s=run.now + 2.0)
+    served = {job.stream.stream_id for e in run.executors.values() for job in e.serving.values()}
+    assert served == {"s0", "s1", "s2"}
+
+
+def test_profiling_does_with_less_where_serving_needs_the_room() -> None:
+    tight = site(num_streams=2, share_quantum=0.25, profiling=ProfilingConfig(share=0.75))
+    run, world, _ = simulation(tight, num_gpus=1, num_windows=2)
+    run.run(until_s=1000.0)
+    assert run.finish is not None
+    assert run.finish.exit_code == 0
+    assert any(job.startswith("trial/s0/w1") for job in world.started)
+    assert run.peak_share <= 1.0 + 1e-9
