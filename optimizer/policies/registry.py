@@ -26,7 +26,7 @@ class PolicyEntry:
 
 POLICIES: dict[str, PolicyEntry] = {
     "milp": PolicyEntry("optimizer.policies.milp", "milp", exact=True, solver=True),
-    "timeline": PolicyEntry("optimizer.policies.timeline", "timeline", exact=True, solver=True),
+    "timeline": PolicyEntry("optimizer.policies.ladder", "timeline_or_static", exact=True, solver=True),
     "thief": PolicyEntry("optimizer.policies.thief", "thief"),
     "thief:one-pass": PolicyEntry("optimizer.policies.thief", "thief_one_pass"),
     "thief:fixed-config": PolicyEntry("optimizer.policies.baselines", "thief_fixed_config"),

@@ -1,0 +1,62 @@
+"""The time-indexed policy as it is sent: never below the static one, and with the bound of both.
+
+The timeline search prices schedules far beyond static plans, but it is a search; the static MILP proves its own
+optimum. Both are run within the budget and the judge takes the better plan. The timeline's bound holds for every
+plan, static ones included (docs/timeline.md), so that it is the one to report.
+"""
+
+from __future__ import annotations
+
+import time
+
+import msgspec
+
+from optimizer.objective import judge
+from optimizer.policies.milp import milp
+from optimizer.policies.timeline import timeline
+from protocol.errors import PlanError
+from protocol.plan import Plan, Problem
+
+# Of the budget, for the time-indexed search; the static plan needs much less where it can be had at all.
+_TIMELINE_PART = 0.7
+# Beyond so many streams the static MILP does not come back within what is left.
+_MANY_STREAMS = 300
+
+
+def timeline_or_static(problem: Problem, budget_s: float) -> Plan:
+    """The better one of the time-indexed and the static plan.
+
+    Raises:
+        PlanError: neither has a plan.
+    """
+    began = time.monotonic()
+    plans: list[Plan] = []
+    reasons: list[str] = []
+    for policy, part in ((timeline, _TIMELINE_PART), (milp, 1.0)):
+        left = budget_s * part - (time.monotonic() - began)
+        if policy is milp and (len(problem.streams) > _MANY_STREAMS or left < 0.05):
+            break
+        try:
+            plans.append(policy(problem, left))
+        except PlanError as error:
+            reasons.append(str(error))
+    if not plans:
+        raise PlanError("; ".join(reasons))
+    verdicts = [judge(problem, plan) for plan in plans]
+    best = max(range(len(plans)), key=lambda position: verdicts[position].rank)
+    report = plans[best].report
+    value, bound = verdicts[best].value, plans[0].report.bound if plans[0].report.policy == "timeline" else None
+    if best:
+        detail = f"the static plan was better than the time-indexed one by {value - verdicts[0].value:.4f}"
+        report = msgspec.structs.replace(
+            report, policy="timeline", detail="; ".join(filter(None, [report.detail, detail]))
+        )
+    if bound is not None:
+        bound = max(bound, value)
+        gap = (bound - value) / bound if bound > 0.0 else 0.0
+        report = msgspec.structs.replace(report, value=value, bound=bound, gap=gap)
+    else:
+        report = msgspec.structs.replace(report, value=value, bound=None, gap=None)
+    return msgspec.structs.replace(
+        plans[best], report=msgspec.structs.replace(report, seconds=time.monotonic() - began)
+    )
