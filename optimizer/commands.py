@@ -145,7 +145,7 @@ def run_experiment(
 
 # The demo's cameras deliver as many frames as keep this part of the machine busy at the best configuration. Measured on
 # one core alone: with all cores busy a frame costs about a sixth more.
-_DEMO_LOAD = 0.68
+_DEMO_LOAD = 0.76
 _DEMO_FPS = (5.0, 40.0)
 
 
