@@ -33,6 +33,7 @@ from protocol.messages import (
 from protocol.plan import PlanVersion
 from protocol.schema import CheckpointRef, CitySource, DatasetRef, InferenceConfig, RetrainConfig, StreamSpec
 from protocol.sockets import ControlServer
+from tests.executor.a_core import CORE
 
 T = TypeVar("T")
 
@@ -165,7 +166,7 @@ class OptimizerModel:
 
 
 def start_executor(
-    address: str, folder: Path, name: str = "e1", problem: str = "", settings: str = "", device: str = "cpu:0"
+    address: str, folder: Path, name: str = "e1", problem: str = "", settings: str = "", device: str = CORE
 ) -> subprocess.Popen[bytes]:
     """The real console script with the problem worker in place of the real one."""
     config = folder / f"{name}.toml"

@@ -14,6 +14,7 @@ import zmq
 from executor.config import ExecutorConfig, make_config
 from executor.shares.devices import find_device, gpu_spec
 from protocol.errors import ConfigError, DeviceError
+from tests.executor.a_core import CORE
 
 NOWHERE = "tcp://127.0.0.1:9"
 
@@ -49,7 +50,7 @@ def test_a_wrong_device_or_address_is_named(device: str, address: str, words: li
 
 @pytest.mark.process
 def test_an_unreachable_optimizer_is_given_up_after_the_wait() -> None:
-    text = complaint(run("--device", "cpu:0", "--connect", NOWHERE, "--wait", "0.5"))
+    text = complaint(run("--device", CORE, "--connect", NOWHERE, "--wait", "0.5"))
     assert NOWHERE in text
     assert "--wait" in text
 
@@ -76,7 +77,7 @@ def test_an_optimizer_that_rejects_it_ends_it(frames: list[bytes], words: str, t
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 0)
     port = router.bind_to_random_port("tcp://127.0.0.1")
-    command = [sys.executable, "-c", "from executor.cli import main; main()", "--device", "cpu:0"]
+    command = [sys.executable, "-c", "from executor.cli import main; main()", "--device", CORE]
     command += ["--connect", f"tcp://127.0.0.1:{port}", "--config", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -100,7 +101,7 @@ def test_random_bytes_from_the_optimizer_are_dropped(tmp_path: Path) -> None:
     router = context.socket(zmq.ROUTER)
     router.setsockopt(zmq.LINGER, 0)
     port = router.bind_to_random_port("tcp://127.0.0.1")
-    command = [sys.executable, "-c", "from executor.cli import main; main()", "--device", "cpu:0"]
+    command = [sys.executable, "-c", "from executor.cli import main; main()", "--device", CORE]
     command += ["--connect", f"tcp://127.0.0.1:{port}", "--config", str(config)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     try:

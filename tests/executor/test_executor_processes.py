@@ -25,6 +25,7 @@ from protocol.messages import (
     WorkerStatus,
 )
 from tests.executor import optimizer_model as model
+from tests.executor.a_core import CORE
 
 pytestmark = pytest.mark.process
 
@@ -77,7 +78,7 @@ def test_an_executor_joins_applies_a_plan_delivers_a_result_and_leaves(
 ) -> None:
     process = start(optimizer.address)
     hello = optimizer.wait_for(Hello)
-    assert (hello.executor_id, hello.device, hello.share_backend, hello.held) == ("e1", "cpu:0", "pacing", None)
+    assert (hello.executor_id, hello.device, hello.share_backend, hello.held) == ("e1", CORE, "pacing", None)
     optimizer.apply(model.plan(model.inference(share=0.4), model.label(share=0.5)))
     done = optimizer.wait_for(LabelsDone)
     assert (done.job_id, done.result.num_frames) == ("label/s1/0", 1)

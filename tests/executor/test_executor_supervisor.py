@@ -17,6 +17,7 @@ from executor.supervisor import Exited, Supervisor
 from protocol.errors import WorkerError
 from protocol.messages import Job
 from tests.executor import optimizer_model as model
+from tests.executor.a_core import CORE
 
 pytestmark = pytest.mark.process
 
@@ -35,7 +36,7 @@ class Watched:
         self, worker_id: int, mode: str, job: Job | None = None, environment: Mapping[str, str] | None = None
     ) -> int:
         job = job or model.inference()
-        start = StartJob(job=job, store="", device="cpu:0", pace=True)
+        start = StartJob(job=job, store="", device=CORE, pace=True)
         return self.supervisor.start(worker_id, start, {"PROBLEM": f"*={mode}", **(environment or {})})
 
     def until(self, condition: Callable[[], object], timeout_s: float = 20.0) -> None:
