@@ -113,7 +113,9 @@ class Rig:
 
     def executor(self, core: int = 0, *more: str) -> subprocess.Popen[bytes]:
         device = f"cpu:{self.cores[core % len(self.cores)]}"
-        command = [sys.executable, "-m", "executor.cli", "--device", device, "--connect", self.address, *more]
+        # An id of its own: where there is but one core, two executors share it.
+        name = ["--id", f"e{core}"]
+        command = [sys.executable, "-m", "executor.cli", "--device", device, "--connect", self.address, *name, *more]
         return self._start(command, f"executor{core}")
 
     def events(self, kind: type[Kind]) -> list[Kind]:
