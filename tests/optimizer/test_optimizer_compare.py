@@ -21,7 +21,7 @@ FIELDS = {"problem", "policy", "feasible", "value", "bound", "gap", "seconds", "
 
 def console() -> tuple[Console, io.StringIO]:
     text = io.StringIO()
-    return Console(file=text, width=120), text
+    return Console(file=text, width=400), text
 
 
 def test_json_rows_have_exactly_the_promised_fields(tmp_path: Path) -> None:
