@@ -106,7 +106,9 @@ def compare(
     else:
         for name, problem in problems.items():
             shown = [outcome for outcome in outcomes if outcome.row.problem == name]
-            console.print(_table(name, problem, shown))
+            size = f"{len(problem.streams)} streams, {len(problem.gpus)} GPUs, {problem.window_s:g} s"
+            console.print(f"{name}: {size}", soft_wrap=True, highlight=False, markup=False)
+            console.print(_table(problem, shown))
             for outcome in shown:
                 if outcome.remark:
                     console.print(f"  {outcome.row.policy}: {outcome.remark}", markup=False, highlight=False)
@@ -181,12 +183,11 @@ def _file_name(row: Row) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{stem}-{row.policy}") + ".json"
 
 
-def _table(name: str, problem: Problem, outcomes: Sequence[Outcome]) -> Table:
-    size = f"{len(problem.streams)} streams, {len(problem.gpus)} GPUs, {problem.window_s:g} s"
+def _table(problem: Problem, outcomes: Sequence[Outcome]) -> Table:
     caption = f"each stream alone on the site would reach {upper_bound_trivial(problem):.4f}"
     if any(outcome.row.policy == "milp" for outcome in outcomes):
         caption += "\nthe bound of milp is for static plans"
-    table = Table(box=SIMPLE_HEAD, title=f"{name}: {size}", caption=caption)
+    table = Table(box=SIMPLE_HEAD, caption=caption)
     table.add_column("policy", no_wrap=True)
     for heading in ("accuracy", "bound", "gap", "seconds"):
         table.add_column(heading, justify="right", no_wrap=True)
