@@ -143,8 +143,8 @@ def run_experiment(
     return code
 
 
-# The demo's cameras deliver as many frames as keep this part of the machine busy at the best configuration. Measured with
-# cold caches: trials and serving find a frame up to a quarter cheaper, so that 60 to 80 % are really needed.
+# The demo's cameras deliver as many frames as keep this part of the machine busy at the best configuration. Measured
+# with cold caches: trials and serving find a frame up to a quarter cheaper, so that 60 to 80 % are really needed.
 _DEMO_LOAD = 0.9
 _DEMO_FPS = (5.0, 60.0)
 
