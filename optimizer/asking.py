@@ -28,7 +28,6 @@ class _Question(msgspec.Struct, frozen=True):
     problem: Problem
     phase: Literal["profiling", "plan", "replan"]
     reason: str
-    asked_s: float
 
 
 class Asker:
@@ -85,7 +84,7 @@ class Asker:
         phase: Literal["profiling", "plan", "replan"] = (
             "profiling" if serving_only else "plan" if state.phase == "planning" else "replan"
         )
-        self._question = _Question(self._token, problem, phase, reason, now)
+        self._question = _Question(self._token, problem, phase, reason)
         self._emit.add(Solve(token=self._token, problem=problem, window=state.window, phase=phase))
 
     def solved(self, event: Solved, now: float) -> None:

@@ -122,5 +122,4 @@ class Carrier:
             since_s=now,
             share=wish.share,
             accuracy_predicted=wish.accuracy_after,
-            started_s=now,
         )

@@ -210,7 +210,7 @@ class Coordinator:
                 executor.refused_s = now
                 self._dispatcher.forget(executor.executor_id)
             case m.LabelsDone(job_id=job_id, result=labels):
-                self._emit.add(*self._pipeline.labelled(job_id, labels, now))
+                self._emit.add(*self._pipeline.labelled(job_id, labels))
             case m.TrialsDone(job_id=job_id, result=trials):
                 self._emit.add(*self._pipeline.tried(job_id, trials))
             case m.RetrainDone():

@@ -47,7 +47,7 @@ class Pipeline:
             if waiting:
                 state.pipeline[executor_id] = self._job(waiting[0], now, share)
 
-    def labelled(self, job_id: str, result: LabelResult, now: float) -> list[Output]:
+    def labelled(self, job_id: str, result: LabelResult) -> list[Output]:
         """The data set of a stream's window is there."""
         stream = self._take(job_id)
         if stream is None:

@@ -45,7 +45,6 @@ class RunningRetrain(msgspec.Struct, kw_only=True):
     since_s: float
     share: float
     accuracy_predicted: float
-    started_s: float
 
 
 class Leaving(msgspec.Struct, frozen=True, kw_only=True):

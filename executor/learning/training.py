@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -68,21 +69,28 @@ def subset(crops: CropSet, size: int, seed: int) -> CropSet:
     return crops.take(np.sort(np.concatenate(picked)))
 
 
-def evaluate(student: Student, crops: CropSet, device: Device, stepper: Stepper | None = None) -> tuple[float, float]:
-    """(accuracy, mean cross-entropy) of the student on ``crops`` at full edge; (0, 0) of no crops."""
-    if len(crops) == 0:
-        return 0.0, 0.0
+def _batches(
+    student: Student, crops: CropSet, device: Device, stepper: Stepper | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits, labels) of ``crops`` in order, batch by batch, at full edge; the student is put into evaluation mode."""
     student.eval()
-    num_right, loss = 0, 0.0
     for start in range(0, len(crops), _VALIDATION_BATCH):
         batch = slice(start, start + _VALIDATION_BATCH)
         with torch.inference_mode():
             logits = student(torch.from_numpy(crops.crops[batch]).to(device.torch_device))
-            labels = torch.from_numpy(crops.labels[batch]).to(device.torch_device)
-            num_right += int((logits.argmax(1) == labels).sum())
-            loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
+            yield logits, torch.from_numpy(crops.labels[batch]).to(device.torch_device)
         if stepper is not None:
             stepper.step()  # a stop takes effect after the validation, or its epoch would be lost
+
+
+def evaluate(student: Student, crops: CropSet, device: Device, stepper: Stepper | None = None) -> tuple[float, float]:
+    """(accuracy, mean cross-entropy) of the student on ``crops`` at full edge; (0, 0) of no crops."""
+    if len(crops) == 0:
+        return 0.0, 0.0
+    num_right, loss = 0, 0.0
+    for logits, labels in _batches(student, crops, device, stepper):
+        num_right += int((logits.argmax(1) == labels).sum())
+        loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
     return num_right / len(crops), loss / len(crops)
 
 
@@ -90,15 +98,7 @@ def frame_mean_accuracy(student: Student, crops: CropSet, device: Device, steppe
     """Share of a frame's crops classified right, mean over the frames of ``crops`` (the measure of serving)."""
     if len(crops) == 0:
         return 0.0
-    student.eval()
-    right: list[NDArray[np.bool_]] = []
-    for start in range(0, len(crops), _VALIDATION_BATCH):
-        batch = slice(start, start + _VALIDATION_BATCH)
-        with torch.inference_mode():
-            logits = student(torch.from_numpy(crops.crops[batch]).to(device.torch_device))
-            right.append(logits.argmax(1).cpu().numpy() == crops.labels[batch])
-        if stepper is not None:
-            stepper.step()
+    right = [(logits.argmax(1) == labels).cpu().numpy() for logits, labels in _batches(student, crops, device, stepper)]
     _, frame, size = np.unique(crops.frame_index, return_inverse=True, return_counts=True)
     return float((np.bincount(frame, weights=np.concatenate(right)) / size).mean())
 
