@@ -31,8 +31,8 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 experiment: $(STAMP)
-	$(BIN)/ekya-optimizer experiment examples/city.toml --policies milp,thief,uniform,none --out $(OUT)/experiment-city
-	$(BIN)/ekya-optimizer experiment examples/street.toml --executors 1 --policies milp,thief,uniform,none --out $(OUT)/experiment-street
+	$(BIN)/ekya-optimizer experiment examples/city.toml --policies timeline,milp,thief,uniform,none --out $(OUT)/experiment-city
+	$(BIN)/ekya-optimizer experiment examples/street.toml --executors 1 --policies timeline,milp,thief,uniform,none --out $(OUT)/experiment-street
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

@@ -20,7 +20,7 @@ app = typer.Typer(
 )
 
 Windows = Annotated[int | None, typer.Option(min=1, help="Stop after this many windows (default: never).")]
-Policy = Annotated[str | None, typer.Option(help="Planning policy instead of the site's, e.g. milp, thief, uniform.")]
+Policy = Annotated[str | None, typer.Option(help="Planning policy instead of the site's, e.g. timeline, milp, thief.")]
 Policies = Annotated[str, typer.Option(help="Policies, separated by commas.")]
 Plain = Annotated[bool, typer.Option("--plain", help="Print lines instead of a live screen.")]
 TraceFile = Annotated[Path, typer.Argument(metavar="TRACE.csv", help="Measured retrainings, one per row.")]
@@ -58,7 +58,7 @@ def run(
 def demo(
     windows: Annotated[int, typer.Option(min=1, help="Number of windows.")] = 4,
     out: Annotated[Path, typer.Option(help="Folder of the run and its report.")] = Path("runs/demo"),
-    policy: Annotated[str, typer.Option(help="Planning policy.")] = "milp",
+    policy: Annotated[str, typer.Option(help="Planning policy.")] = "timeline",
     plain: Plain = False,
 ) -> None:
     """Show the whole loop on this machine: a procedural city, two local executors, a report at the end."""
@@ -70,7 +70,7 @@ def demo(
 @app.command()
 def experiment(
     site_file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site file.")],
-    policies: Policies = "milp,thief,uniform,none",
+    policies: Policies = "timeline,milp,thief,uniform,none",
     windows: Annotated[int | None, typer.Option(min=1, help="Windows per policy (default: the site's).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs (default: runs/experiment-NAME).")] = None,
     executors: Annotated[int, typer.Option(min=1, help="Local executors, one CPU core each.")] = 2,
@@ -90,7 +90,7 @@ def compare(
     random: Annotated[str | None, typer.Option(help="Make a problem instead: STREAMSxGPUSxCONFIGURATIONS.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of --random.")] = 0,
     save: Annotated[Path | None, typer.Option(help="Keep the random problem as this file.")] = None,
-    policies: Policies = "milp,thief,uniform,none",
+    policies: Policies = "timeline,milp,thief,uniform,none",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
     budget: Annotated[float, typer.Option(min=0.01, help="Seconds that a policy may take for a problem.")] = 10.0,
     plan_out: Annotated[Path | None, typer.Option(help="Folder to keep the plans in.")] = None,
@@ -117,7 +117,7 @@ def simulate(
     streams: Annotated[str, typer.Option(help="Number of streams; several separated by commas.")] = "10",
     gpus: Annotated[str, typer.Option(help="Number of GPUs; several separated by commas.")] = "8",
     windows: Annotated[int, typer.Option(min=1, help="Windows to simulate.")] = 3,
-    policies: Policies = "milp,thief,uniform,none",
+    policies: Policies = "timeline,milp,thief,uniform,none",
     seed: Annotated[str, typer.Option(help="Seed that draws the streams; several separated by commas.")] = "0",
     inference: InferenceFile = None,
     predicted: Predicted = False,
@@ -171,7 +171,7 @@ def capacity(
         int | None, typer.Option(help="Also: the GPUs that the other policies need to be as accurate as the first.")
     ] = None,
     windows: Annotated[int, typer.Option(min=1, help="Windows to simulate.")] = 3,
-    policies: Policies = "milp,thief,uniform,none",
+    policies: Policies = "timeline,milp,thief,uniform,none",
     seed: Annotated[str, typer.Option(help="Seed that draws the streams; several separated by commas.")] = "0",
     inference: InferenceFile = None,
     predicted: Predicted = False,

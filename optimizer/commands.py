@@ -109,7 +109,7 @@ def run_experiment(
     """`ekya-optimizer experiment`: the same streams and first models under each policy in turn; the exit code."""
     site = load_site(site_file)
     if not policies:
-        raise InputError("--policies: name at least one policy, like milp,thief,uniform,none")
+        raise InputError("--policies: name at least one policy, like timeline,milp,thief,none")
     for name in policies:
         get_policy(name)
     out = out or Path("runs") / f"experiment-{site.name}"

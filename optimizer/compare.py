@@ -58,7 +58,7 @@ def compare(
     random: str | None = None,
     seed: int = 0,
     save: str | Path | None = None,
-    policies: Sequence[str] = ("milp", "thief", "uniform", "none"),
+    policies: Sequence[str] = ("timeline", "milp", "thief", "uniform", "none"),
     as_json: bool = False,
     budget_s: float = 10.0,
     plan_out: str | Path | None = None,

@@ -78,7 +78,7 @@ class SiteConfig(Record, frozen=True, kw_only=True):
     inference: Annotated[tuple[InferenceConfig, ...], msgspec.Meta(min_length=1)]
     retrain: tuple[RetrainConfig, ...] = ()
     window_s: Annotated[float, msgspec.Meta(ge=5.0, le=86400.0)] = 200.0
-    policy: str = "milp"
+    policy: str = "timeline"
     share_quantum: Share = 0.1
     deadline_s: PositiveSeconds = 1.0
     replan_s: Seconds = 3.0

@@ -23,7 +23,7 @@ from protocol.errors import InputError
 def check_policies(names: Sequence[str]) -> list[str]:
     """The distinct names; InputError when one is unknown or there is none."""
     if not names:
-        raise InputError("--policies: name at least one policy, like milp,thief,uniform,none")
+        raise InputError("--policies: name at least one policy, like timeline,milp,thief,none")
     for name in names:
         if name.startswith("cloud:"):
             if name not in LINKS:
