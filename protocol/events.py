@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from protocol.schema import EpochResult, Fraction, InferenceConfig, Name, Record, RetrainConfig, Seconds
+from protocol.schema import (
+    EpochResult,
+    Fraction,
+    InferenceConfig,
+    Name,
+    Record,
+    RetrainConfig,
+    Seconds,
+    StreamCondition,
+)
 
 
 class Event(Record, frozen=True, kw_only=True):
@@ -167,6 +176,25 @@ class ProfileEstimated(Event, frozen=True, kw_only=True, tag="profile_estimated"
     retrain: tuple[tuple[RetrainConfig, float, float], ...]  # (config, gpu_seconds, accuracy_after)
 
 
+class StreamDegraded(Event, frozen=True, kw_only=True, tag="stream_degraded"):
+    """A live stream gives no usable pictures, or its picture size changed. Its worker goes on trying."""
+
+    stream_id: Name
+    gpu_id: Name
+    condition: StreamCondition
+    reason: str
+
+
+class StreamRecovered(Event, frozen=True, kw_only=True, tag="stream_recovered"):
+    """A degraded stream is analysed again. ``after_s``: how long it was degraded."""
+
+    stream_id: Name
+    gpu_id: Name
+    condition: StreamCondition
+    reason: str
+    after_s: Seconds
+
+
 class ExecutorChanged(Event, frozen=True, kw_only=True, tag="executor_changed"):
     executor_id: Name
     gpu_id: Name
@@ -192,6 +220,8 @@ TelemetryEvent = (
     | RetrainFinished
     | LabelsCollected
     | ProfileEstimated
+    | StreamDegraded
+    | StreamRecovered
     | ExecutorChanged
     | Notice
 )

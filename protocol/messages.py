@@ -24,6 +24,7 @@ from protocol.schema import (
     RetrainResult,
     Seconds,
     Share,
+    StreamCondition,
     StreamSpec,
     TrialResult,
 )
@@ -52,7 +53,8 @@ class InferenceJob(Record, frozen=True, kw_only=True, tag="inference"):
 class LabelJob(Record, frozen=True, kw_only=True, tag="label"):
     """Label frames of [from_s, to_s) of stream time at the stream's label rate and write the window's data set.
 
-    ``exemplars`` is the stream's previous data set (None at first), whose memory is carried over.
+    ``exemplars`` is the stream's previous data set (None at first), whose memory is carried over. ``record``: of a live
+    stream that nobody serves yet: the job first records as many seconds, from now on, and labels those.
     """
 
     job_id: str
@@ -63,6 +65,7 @@ class LabelJob(Record, frozen=True, kw_only=True, tag="label"):
     to_s: float
     exemplars: DatasetRef | None = None
     memory_bytes: Bytes = 0
+    record: bool = False
 
 
 class TrialJob(Record, frozen=True, kw_only=True, tag="trial"):
@@ -111,7 +114,10 @@ WorkerState = Literal["starting", "ready", "stopping", "backoff", "failed"]
 
 
 class WorkerStatus(Record, frozen=True, kw_only=True):
-    """One worker of an executor as its supervisor sees it. ``share_achieved`` None = not measured yet."""
+    """One worker of an executor as its supervisor sees it. ``share_achieved`` None = not measured yet.
+
+    ``condition``: of the stream that it serves.
+    """
 
     job_id: str
     kind: Literal["inference", "label", "trial", "retrain"]
@@ -123,6 +129,7 @@ class WorkerStatus(Record, frozen=True, kw_only=True):
     progress: int
     restarts: int = 0
     model_version: int = 0
+    condition: StreamCondition = "ok"
 
 
 # ---------------------------------------------------------------- up: executor -> optimizer

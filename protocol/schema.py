@@ -79,7 +79,50 @@ class RecordedSource(Record, frozen=True, kw_only=True, tag="recorded"):
     min_score: Fraction = 0.0
 
 
-Source = CitySource | RecordedSource
+class LiveSource(Record, frozen=True, kw_only=True, tag="live"):
+    """A camera or whatever else sends pictures at its own pace. It carries no labels.
+
+    ``url``: rtsp://..., http(s)://..., udp:// or tcp:// (MPEG-TS), /dev/videoN (V4L2), or a video file, which is played
+    at its own pace and begun again at its end when ``loop`` is set. ``transport``: of RTSP.
+
+    ``open_timeout_s``: for opening. ``stall_s``: without a usable picture for so long the stream counts as stalled (or
+    garbage, when data came) and is opened anew. ``max_latency_s``: a picture that waited longer than this is dropped.
+    ``backoff_s``: pause before the first attempt to open it again, doubled up to ``backoff_max_s``. ``keep_s``: seconds
+    of pictures that are kept on disk for labels and trials.
+    """
+
+    url: Annotated[str, msgspec.Meta(min_length=1)]
+    transport: Literal["tcp", "udp"] = "tcp"
+    loop: bool = True
+    open_timeout_s: PositiveSeconds = 10.0
+    stall_s: PositiveSeconds = 2.0
+    max_latency_s: PositiveSeconds = 0.4
+    backoff_s: PositiveSeconds = 0.5
+    backoff_max_s: PositiveSeconds = 15.0
+    keep_s: PositiveSeconds = 120.0
+
+
+class DatasetSource(Record, frozen=True, kw_only=True, tag="dataset"):
+    """A labelled data set of pictures, played in time order and looped into an endless stream.
+
+    ``path``: an Ekya sample list (.csv), a COCO annotation file (.json) or the folder of a YOLO data set. ``images``:
+    folder of the pictures; "" = where the format keeps them. ``format``: "auto" = by what is at ``path``.
+    ``class_map``: category of the data set, by name or by id, to class of the stream; "" drops it. Empty: categories
+    named like a class of the stream are that class, the others are dropped. ``split``: of a YOLO data set
+    ("train", "val", ...), "" = all in one.
+    """
+
+    path: Annotated[str, msgspec.Meta(min_length=1)]
+    images: str = ""
+    format: Literal["auto", "samples", "coco", "yolo"] = "auto"
+    class_map: dict[str, str] = {}
+    split: str = ""
+
+
+Source = CitySource | RecordedSource | LiveSource | DatasetSource
+
+StreamCondition = Literal["ok", "stalled", "lost", "garbage", "changed"]
+"""How a live stream is: no picture comes, it cannot be reached, what comes cannot be decoded, its size changed."""
 
 
 class GoldenSpec(Record, frozen=True, kw_only=True):

@@ -29,6 +29,8 @@ from protocol.events import (
     RetrainFinished,
     RetrainProgress,
     StreamAccuracy,
+    StreamDegraded,
+    StreamRecovered,
     TelemetryEvent,
     WorkerChanged,
 )
@@ -59,6 +61,8 @@ def _subject(event: TelemetryEvent) -> str:
             | RetrainFinished()
             | LabelsCollected()
             | ProfileEstimated()
+            | StreamDegraded()
+            | StreamRecovered()
         ):
             return event.stream_id
         case ExecutorChanged():
@@ -292,6 +296,10 @@ class Hub:
                 detail = f"{event.gpu_id}/{event.kind}"
                 if event.change in _ENDED:
                     self._last.pop((f"job_share/{event.stream_id}".encode(), event.job_id), None)
+            case StreamDegraded():
+                self._last.pop((f"stream_recovered/{event.stream_id}".encode(), ""), None)
+            case StreamRecovered():
+                self._last.pop((f"stream_degraded/{event.stream_id}".encode(), ""), None)
             case ExecutorChanged() if event.change in ("lost", "left"):
                 gone = [k for k, (v, _) in self._last.items() if isinstance(v, JobShare) and v.gpu_id == event.gpu_id]
                 for key in gone:

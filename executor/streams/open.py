@@ -6,7 +6,7 @@ from executor.streams.city import City
 from executor.streams.frames import FrameSource
 from executor.streams.recorded import Recorded
 from protocol.errors import InputError
-from protocol.schema import CitySource, StreamSpec
+from protocol.schema import CitySource, RecordedSource, StreamSpec
 
 
 def open_source(spec: StreamSpec) -> FrameSource:
@@ -16,6 +16,8 @@ def open_source(spec: StreamSpec) -> FrameSource:
             raise InputError(f"classes: a name is listed twice in {', '.join(spec.classes)}")
         if isinstance(spec.source, CitySource):
             return City(spec.source, spec.classes, spec.fps)
-        return Recorded(spec.source, spec.classes, spec.fps)
+        if isinstance(spec.source, RecordedSource):
+            return Recorded(spec.source, spec.classes, spec.fps)
+        raise InputError(f"source: a {type(spec.source).__name__} has no frames by number")
     except InputError as error:
         raise InputError(f"stream {spec.stream_id}: {error}") from error
