@@ -30,8 +30,8 @@ from protocol.schema import (
     CheckpointRef,
     CitySource,
     DatasetRef,
-    GoldenSpec,
     InferenceConfig,
+    OracleGolden,
     Record,
     RetrainConfig,
     RetrainResult,
@@ -75,7 +75,7 @@ class Bench:
         self.seed, self.store = seed, store
         source = CitySource(seed=seed, drift_period_s=STEP_S)
         self.spec = StreamSpec(
-            stream_id=f"city-{seed}", source=source, classes=CLASSES, golden=GoldenSpec(seconds_per_frame=0.0)
+            stream_id=f"city-{seed}", source=source, classes=CLASSES, golden=OracleGolden(seconds_per_frame=0.0)
         )
         self.source = open_source(self.spec)
         self.device = Device(name="cpu:0", torch_device=torch.device("cpu"))

@@ -11,7 +11,9 @@ from collections import deque
 from pathlib import Path
 
 from executor.learning.device import Device
-from executor.learning.inference import InferenceEngine, ModelLoader, Outcome, load_classifier
+from executor.learning.inference import InferenceEngine, Outcome
+from executor.learning.loading import ModelLoader, load_analyser
+from executor.learning.task import task_of
 from executor.links import Command, Ready, SetInference, StreamStats, SwapModel, Swapped, SwapRefused
 from executor.streams.clock import FrameClock
 from executor.streams.frames import FrameSource
@@ -53,11 +55,11 @@ class StreamServer:
         limit = max(2, math.ceil(job.stream.fps * _BACKLOG_S))
         self._clock = FrameClock(job.stream.fps, job.position_s, time.monotonic(), limit)
         self._backlog = Backlog(self._clock, limit)
-        classifier = load_classifier(store, job.checkpoint, job.stream.classes, device, job.config.resolution_px)
+        analyser = load_analyser(store, job.checkpoint, job.stream, device, job.config.resolution_px)
         # The first crops of a source may cost a second (background, decoder): not a stream's first second.
-        classifier.analyse(source.frame(self._clock.next_index), job.config.resolution_px)
-        self._engine = InferenceEngine(classifier, job.config)
-        self._version = classifier.version
+        analyser.analyse(source.frame(self._clock.next_index), job.config.resolution_px)
+        self._engine = InferenceEngine(analyser, job.config, task_of(job.stream).judge)
+        self._version = analyser.version
         self._loader: ModelLoader | None = None
         self._wanted: CheckpointRef | None = None
         self._result_at = time.monotonic()
@@ -124,8 +126,8 @@ class StreamServer:
         if self._wanted is not None and self._loader is None and not self._took_over:
             wanted, self._wanted = self._wanted, None
             self._gap_s = 0.0
-            config, classes = self._engine.config, self._job.stream.classes
-            self._loader = ModelLoader(self._store, wanted, classes, self._device, config.resolution_px)
+            resolution_px = self._engine.config.resolution_px
+            self._loader = ModelLoader(self._store, wanted, self._job.stream, self._device, resolution_px)
 
     def _flush(self) -> None:
         now = time.monotonic()

@@ -24,6 +24,7 @@ from protocol.schema import (
     Seconds,
     Share,
     StreamSpec,
+    TorchvisionGolden,
 )
 
 
@@ -138,8 +139,14 @@ def _with_defaults(raw: dict[str, Any], origin: str) -> dict[str, Any]:
         raise ConfigError(f"{origin}: stream_defaults must be a table of stream fields")
     streams = merged.get("streams")
     if isinstance(streams, list):
-        merged["streams"] = [defaults | stream if isinstance(stream, dict) else stream for stream in streams]
+        merged["streams"] = [_stream(defaults | stream) if isinstance(stream, dict) else stream for stream in streams]
     return merged
+
+
+def _stream(raw: dict[str, Any]) -> dict[str, Any]:
+    """A golden model without a kind is the oracle."""
+    golden = raw.get("golden")
+    return raw | {"golden": {"kind": "oracle"} | golden} if isinstance(golden, dict) else raw
 
 
 def _absolute(stream: StreamSpec, folder: Path) -> StreamSpec:
@@ -149,13 +156,16 @@ def _absolute(stream: StreamSpec, folder: Path) -> StreamSpec:
     student = stream.student
     if student.checkpoint:
         student = msgspec.structs.replace(student, checkpoint=resolve(student.checkpoint))
+    golden = stream.golden
+    if isinstance(golden, TorchvisionGolden) and golden.weights_file:
+        golden = msgspec.structs.replace(golden, weights_file=resolve(golden.weights_file))
     source = stream.source
     if isinstance(source, RecordedSource):
         clips = tuple(
             msgspec.structs.replace(c, video=resolve(c.video), samples=resolve(c.samples)) for c in source.clips
         )
         source = msgspec.structs.replace(source, clips=clips)
-    return msgspec.structs.replace(stream, source=source, student=student)
+    return msgspec.structs.replace(stream, source=source, student=student, golden=golden)
 
 
 def _check(site: SiteConfig, origin: str) -> None:
@@ -179,16 +189,27 @@ def _check(site: SiteConfig, origin: str) -> None:
                 if name and name not in stream.classes:
                     allowed = ", ".join(stream.classes)
                     raise ConfigError(f"{where}: class_map {coco!r} = {name!r} is no class of it; allowed: {allowed}")
+        for path, key in (
+            (stream.student.checkpoint, "student.checkpoint"),
+            (_golden_file(stream), "golden.weights_file"),
+        ):
+            if path and not Path(path).is_file():
+                raise ConfigError(f"{where}: {key} {path} is not there; paths are relative to the site file")
+        field, edge = ("crop_px", stream.crop_px) if stream.task == "classification" else ("frame_px", stream.frame_px)
         for config in site.inference:
-            if config.resolution_px > stream.crop_px:
+            if config.resolution_px > edge:
                 raise ConfigError(
                     f"{where}: inference configuration {config.config_id!r} wants {config.resolution_px} px, "
-                    f"more than the stream's crop_px = {stream.crop_px}; raise crop_px or lower resolution_px"
+                    f"more than the stream's {field} = {edge}; raise {field} or lower resolution_px"
                 )
     if site.profiling.share >= 1.0:
         raise ConfigError(f"{origin}: profiling.share must be below 1, or nothing is left for serving")
     if site.silence_s < 2 * site.heartbeat_s:
         raise ConfigError(f"{origin}: silence_s must be at least twice heartbeat_s")
+
+
+def _golden_file(stream: StreamSpec) -> str:
+    return stream.golden.weights_file if isinstance(stream.golden, TorchvisionGolden) else ""
 
 
 # ---------------------------------------------------------------- explaining a validation error
@@ -224,8 +245,7 @@ def _keys_at(where: str) -> set[str]:
             ]
         kinds = [leaf for kind in kinds for leaf in _leaves(kind)]
     keys = {field.name for kind in kinds if _is_struct(kind) for field in msgspec.structs.fields(kind)}
-    if len(kinds) > 1 or (kinds and getattr(kinds[0], "__struct_config__", None) and kinds[0].__struct_config__.tag):
-        keys.add("type")
+    keys |= {kind.__struct_config__.tag_field for kind in kinds if _is_struct(kind) and kind.__struct_config__.tag}
     if kinds == [SiteConfig]:
         keys.add("stream_defaults")
     return keys

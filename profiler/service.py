@@ -48,7 +48,7 @@ class SiteProfiler:
             dataset,
             self._history.view(spec.stream_id),
             budget_gpu_s=self._budget_gpu_s,
-            label_s_per_frame=spec.golden.seconds_per_frame,
+            label_s_per_frame=dataset.label_s_per_frame,
             knobs=self._trial_knobs,
         )
         log.debug(

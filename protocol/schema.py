@@ -19,6 +19,7 @@ Bytes = Annotated[int, msgspec.Meta(ge=0)]
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
+Task = Literal["classification", "detection"]
 DriftKind = Literal["class_mix", "light", "weather", "appearance"]
 
 
@@ -125,23 +126,50 @@ StreamCondition = Literal["ok", "stalled", "lost", "garbage", "changed"]
 """How a live stream is: no picture comes, it cannot be reached, what comes cannot be decoded, its size changed."""
 
 
-class GoldenSpec(Record, frozen=True, kw_only=True):
-    """The golden model of a stream. ``oracle`` reads the source's own truth.
+class OracleGolden(Record, frozen=True, kw_only=True, tag="oracle", tag_field="kind"):
+    """A golden model that reads the source's own truth.
 
-    ``error_rate`` is the share of labels replaced by a wrong class (oracle only);
-    ``seconds_per_frame`` the GPU-seconds that labelling one frame costs at speed 1 and share 1. The
-    oracle really burns that time, so that labelling competes with the other jobs.
+    ``error_rate`` is the share of labels replaced by a wrong class; ``seconds_per_frame`` the GPU-seconds that
+    labelling one frame costs at speed 1 and share 1. The oracle really burns that time, so that labelling
+    competes with the other jobs.
     """
 
-    kind: Literal["oracle"] = "oracle"
     error_rate: Fraction = 0.02
     seconds_per_frame: Seconds = 0.02
 
 
-class StudentSpec(Record, frozen=True, kw_only=True):
-    """The small model that serves a stream. ``checkpoint`` = "" means: train a first model at start."""
+class TorchvisionGolden(Record, frozen=True, kw_only=True, tag="torchvision", tag_field="kind"):
+    """A golden model of torchvision, by the name that ``torchvision.models.get_model`` knows.
 
-    architecture: Literal["edge_cnn", "resnet18", "mobilenet_v3_small", "shufflenet_v2_x0_5"] = "edge_cnn"
+    A detection model finds boxes of its own; a classification model names what is in the source's boxes.
+    ``weights_file``: a local state dict (.safetensors, .pt, .pth); empty = the published ``weights`` of that name,
+    downloaded on first use. ``num_classes``: outputs of the model in ``weights_file``, 0 = as published.
+    ``class_map`` maps the model's class ids (COCO ids for published detectors), written as strings, or their
+    published names to class names of the site; what is not listed, or mapped to "", is dropped.
+    Boxes below ``min_score`` are dropped. ``input_px``: shorter edge of the frame, or edge of the crop, as the model
+    sees it, 0 = as published.
+    """
+
+    model: Annotated[str, msgspec.Meta(min_length=1, max_length=128)]
+    class_map: dict[str, str]
+    weights: str = "DEFAULT"
+    weights_file: str = ""
+    num_classes: Annotated[int, msgspec.Meta(ge=0, le=100_000)] = 0
+    min_score: Fraction = 0.5
+    input_px: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 0
+
+
+GoldenSpec = OracleGolden | TorchvisionGolden
+
+
+class StudentSpec(Record, frozen=True, kw_only=True):
+    """The small model that serves a stream. ``checkpoint`` = "" means: train a first model at start.
+
+    ``architecture``: "edge_cnn" or a torchvision classification model by name for classification streams,
+    "edge_detector" or "ssdlite320_mobilenet_v3_large" for detection streams; "" = the small one of the stream's task.
+    """
+
+    architecture: Annotated[str, msgspec.Meta(max_length=128, pattern=r"^[A-Za-z0-9_]*$")] = ""
     head_width: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 64
     checkpoint: str = ""
 
@@ -152,6 +180,8 @@ class StreamSpec(Record, frozen=True, kw_only=True):
     ``start_s``: the stream's own time when the site's clock starts; the first model is trained on what lies before it.
     ``label_fps``: frames per second that the golden model labels. ``exemplars_per_class``: fixed size
     of the memory against forgetting. ``crop_px``: edge of the square object crops kept for training.
+    ``task``: what the student does: "classification" names the objects at the source's boxes, "detection" finds
+    them as well. ``frame_px``: longer edge of the whole frames that a detection stream keeps for training.
     """
 
     stream_id: Name
@@ -160,23 +190,28 @@ class StreamSpec(Record, frozen=True, kw_only=True):
     fps: Annotated[float, msgspec.Meta(gt=0.0, le=240.0)] = 10.0
     start_s: float = 0.0
     student: StudentSpec = StudentSpec()
-    golden: GoldenSpec = GoldenSpec()
+    golden: GoldenSpec = OracleGolden()
     min_accuracy: Fraction = 0.0
     weight: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
     label_fps: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
     exemplars_per_class: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 20
     crop_px: Annotated[int, msgspec.Meta(ge=16, le=256)] = 64
+    task: Task = "classification"
+    frame_px: Annotated[int, msgspec.Meta(ge=64, le=1280)] = 192
 
 
 # ---------------------------------------------------------------- configurations
 
 
 class InferenceConfig(Record, frozen=True, kw_only=True):
-    """How a stream is analysed: one frame in ``frame_interval``, crops scaled to ``resolution_px``."""
+    """How a stream is analysed: one frame in ``frame_interval``.
+
+    ``resolution_px``: edge of the crops for classification, longer edge of the frame for detection.
+    """
 
     config_id: Name
     frame_interval: PositiveInt = 1
-    resolution_px: Annotated[int, msgspec.Meta(ge=8, le=640)] = 32
+    resolution_px: Annotated[int, msgspec.Meta(ge=8, le=1280)] = 32
 
 
 class RetrainConfig(Record, frozen=True, kw_only=True):
@@ -231,7 +266,11 @@ class CheckpointRef(Record, frozen=True, kw_only=True):
 
 
 class DatasetRef(Record, frozen=True, kw_only=True):
-    """Labelled crops of one stream: file below the store, number of crops per split."""
+    """Labelled crops (classification) or frames (detection) of one stream: file below the store, number per split.
+
+    ``class_counts``: labelled objects per class. ``label_s_per_frame``: busy seconds of the golden model per frame,
+    measured while the set was labelled (0 = not measured).
+    """
 
     path: str
     stream_id: Name
@@ -239,6 +278,7 @@ class DatasetRef(Record, frozen=True, kw_only=True):
     num_train: int
     num_validation: int
     class_counts: tuple[int, ...]
+    label_s_per_frame: Seconds = 0.0
 
 
 # ---------------------------------------------------------------- results

@@ -18,12 +18,12 @@ from safetensors import SafetensorError
 
 from executor.learning.files import inside, write_atomically
 from executor.learning.models import Student, build_student
-from protocol.errors import CheckpointError
-from protocol.schema import CheckpointRef, Fraction, Name, PositiveInt, Record, StudentSpec
+from protocol.errors import CheckpointError, InputError
+from protocol.schema import CheckpointRef, Fraction, Name, PositiveInt, Record, StudentSpec, Task
 
 
 class Manifest(Record, frozen=True, kw_only=True):
-    """What a checkpoint file holds. ``classes`` in the order of the logits, ``crop_px`` the edge of training crops."""
+    """What a checkpoint file holds. ``classes`` in the order of the logits, ``crop_px``: edge of training pictures."""
 
     format: Literal["ekya-checkpoint/1"] = "ekya-checkpoint/1"
     stream_id: Name
@@ -31,6 +31,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     sha256: str
     num_bytes: int
     architecture: str
+    task: Task = "classification"
     head_width: int
     classes: tuple[str, ...]
     crop_px: int
@@ -67,6 +68,7 @@ def save(
         sha256=digest,
         num_bytes=len(data),
         architecture=student.architecture,
+        task=student.task,
         head_width=student.head_width,
         classes=classes,
         crop_px=crop_px,
@@ -120,6 +122,6 @@ def load(store: Path, ref: CheckpointRef) -> tuple[Student, Manifest]:
         )
         student = build_student(spec, len(manifest.classes))
         student.load_state_dict(safetensors.torch.load(data))
-    except (msgspec.MsgspecError, SafetensorError, RuntimeError) as error:
+    except (msgspec.MsgspecError, SafetensorError, RuntimeError, InputError) as error:
         raise CheckpointError(f"checkpoint {path}: does not fit {manifest.architecture}: {error}") from error
     return student.eval(), manifest

@@ -7,9 +7,9 @@ so a random split would measure memory instead of accuracy.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 import safetensors
@@ -22,6 +22,54 @@ from protocol.schema import DatasetRef
 
 VALIDATION_SHARE = 0.25
 _NUM_BLOCKS = 8  # two of them validate: the middle and the end of the window, the end being nearest to what comes
+
+
+class Examples(Protocol):
+    """Labelled things to learn from; what they are is the task's business (see executor.learning.task).
+
+    ``frame_index`` int64 (N,); ``is_validation`` and ``is_exemplar`` bool (N,). Exemplars always train.
+    """
+
+    @property
+    def frame_index(self) -> NDArray[np.int64]: ...
+    @property
+    def is_validation(self) -> NDArray[np.bool_]: ...
+    @property
+    def is_exemplar(self) -> NDArray[np.bool_]: ...
+    @property
+    def train(self) -> Self:
+        """The training split, exemplars included."""
+        ...
+
+    @property
+    def validation(self) -> Self:
+        """The held-out split."""
+        ...
+
+    def __len__(self) -> int: ...
+    def take(self, mask: NDArray[np.bool_] | NDArray[np.int64]) -> Self:
+        """The examples that a mask or an index array picks."""
+        ...
+
+    def split(self, held_out: NDArray[np.bool_]) -> Self:
+        """The same examples, those of the mask for validation and the others for training."""
+        ...
+
+    def class_counts(self, num_classes: int) -> tuple[int, ...]:
+        """Labelled objects per class."""
+        ...
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """What a file holds of it, by name."""
+        ...
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, NDArray[Any]]) -> Self:
+        """The set that :meth:`tensors` describes. Raises KeyError when one is missing."""
+        ...
+
+
+E = TypeVar("E", bound=Examples)
 
 
 @dataclass(frozen=True)
@@ -58,9 +106,34 @@ class CropSet:
         """The held-out split."""
         return self.take(self.is_validation)
 
+    def split(self, held_out: NDArray[np.bool_]) -> CropSet:
+        """The same crops, those of the mask for validation and the others for training."""
+        return replace(self, is_validation=held_out)
+
     def class_counts(self, num_classes: int) -> tuple[int, ...]:
         """Crops per class."""
         return tuple(int(count) for count in np.bincount(self.labels, minlength=num_classes))
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """What a file holds of it, by name."""
+        return {
+            "crops": self.crops,
+            "labels": self.labels,
+            "frame_index": self.frame_index,
+            "is_validation": self.is_validation.astype(np.uint8),
+            "is_exemplar": self.is_exemplar.astype(np.uint8),
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, NDArray[Any]]) -> CropSet:
+        """The set that :meth:`tensors` describes."""
+        return cls(
+            tensors["crops"],
+            tensors["labels"],
+            tensors["frame_index"],
+            tensors["is_validation"].astype(np.bool_),
+            tensors["is_exemplar"].astype(np.bool_),
+        )
 
 
 def empty(crop_px: int) -> CropSet:
@@ -96,38 +169,48 @@ def validation_frames(frames: NDArray[np.int64]) -> NDArray[np.int64]:
     return held_out
 
 
-def save(store: Path, crops: CropSet, *, stream_id: str, window: int, classes: tuple[str, ...]) -> DatasetRef:
+def save(
+    store: Path,
+    examples: Examples,
+    *,
+    stream_id: str,
+    window: int,
+    classes: tuple[str, ...],
+    label_s_per_frame: float = 0.0,
+) -> DatasetRef:
     """Write the data set of a window, whole or not at all. Raises InputError when it cannot be written."""
     relative = f"datasets/{stream_id}/w{window:06d}.safetensors"
     path = inside(store, relative)
     if path is None:
         raise InputError(f'stream id "{stream_id}" leads out of the store {store}')
-    tensors: dict[str, Any] = {
-        "crops": crops.crops,
-        "labels": crops.labels,
-        "frame_index": crops.frame_index,
-        "is_validation": crops.is_validation.astype(np.uint8),
-        "is_exemplar": crops.is_exemplar.astype(np.uint8),
-    }
-    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    tensors = {name: np.ascontiguousarray(tensor) for name, tensor in examples.tensors().items()}
     metadata = {"format": "ekya-dataset/1", "classes": ",".join(classes), "sha256": _digest(tensors)}
     try:
         write_atomically(path, safetensors.numpy.save(tensors, metadata=metadata))
     except OSError as error:
         raise InputError(f"data set {path}: cannot be written: {error}") from error
-    num_validation = int(crops.is_validation.sum())
+    num_validation = int(examples.is_validation.sum())
     return DatasetRef(
         path=relative,
         stream_id=stream_id,
         window=window,
-        num_train=len(crops) - num_validation,
+        num_train=len(examples) - num_validation,
         num_validation=num_validation,
-        class_counts=crops.class_counts(len(classes)),
+        class_counts=examples.class_counts(len(classes)),
+        label_s_per_frame=label_s_per_frame,
     )
 
 
 def load(store: Path, ref: DatasetRef, classes: tuple[str, ...]) -> CropSet:
-    """The data set of ``ref``. Raises InputError when it is missing, damaged or of other classes than ``classes``."""
+    """The crops of ``ref``. Raises InputError as :func:`read` does."""
+    return read(CropSet, store, ref, classes)
+
+
+def read(kind: type[E], store: Path, ref: DatasetRef, classes: tuple[str, ...]) -> E:
+    """The data set of ``ref``, examples of this kind.
+
+    Raises InputError when it is missing, damaged, of another kind or of other classes than ``classes``.
+    """
     path = inside(store, ref.path)
     if path is None:
         raise InputError(f"data set {ref.path}: leads out of the store {store}")
@@ -142,13 +225,10 @@ def load(store: Path, ref: DatasetRef, classes: tuple[str, ...]) -> CropSet:
         raise InputError(f"data set {path}: its classes are {metadata.get('classes')}, not {','.join(classes)}")
     if metadata.get("sha256") != _digest(tensors):
         raise InputError(f"data set {path}: damaged, its digest differs; label the window again")
-    return CropSet(
-        tensors["crops"],
-        tensors["labels"],
-        tensors["frame_index"],
-        tensors["is_validation"].astype(np.bool_),
-        tensors["is_exemplar"].astype(np.bool_),
-    )
+    try:
+        return kind.from_tensors(tensors)
+    except KeyError as error:
+        raise InputError(f"data set {path}: holds no {error}; it was made for another task") from error
 
 
 def _digest(tensors: dict[str, Any]) -> str:

@@ -1,27 +1,24 @@
 """Serving a stream: analyse the frames that the configuration asks for, carry the result over to the others.
 
-Accuracy of a frame = share of its objects with the right class. A frame that was skipped or dropped is judged
-by the last result, carried over by box overlap, so that sampling costs what it really costs.
+A frame that was skipped or dropped is judged by the last result, so that sampling costs what it really costs.
+Accuracy of a frame for classification = share of its objects with the right class, the classes carried over by
+box overlap; for detection see executor/learning/matching.py.
 """
 
 from __future__ import annotations
 
-import threading
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from executor.learning import checkpoints
 from executor.learning.device import Device
 from executor.learning.models import Student
 from executor.streams.frames import Frame
-from protocol.errors import CheckpointError
-from protocol.schema import CheckpointRef, InferenceConfig
+from protocol.schema import InferenceConfig
 
 # Least overlap (intersection over union) at which two boxes of different frames are taken for one object;
 # the usual value of box trackers (SORT, Bewley et al., ICIP 2016).
@@ -30,10 +27,14 @@ MIN_OVERLAP = 0.3
 
 @dataclass(frozen=True)
 class Objects:
-    """What was found in a frame: ``boxes`` float32 (n, 4) x0, y0, x1, y1 in pixels, ``labels`` int64 (n,)."""
+    """What was found in a frame: ``boxes`` float32 (n, 4) x0, y0, x1, y1 in pixels, ``labels`` int64 (n,).
+
+    ``scores`` float32 (n,) 0..1, or None where the boxes were given.
+    """
 
     boxes: NDArray[np.float32]
     labels: NDArray[np.int64]
+    scores: NDArray[np.float32] | None = None
 
 
 class Analyser(Protocol):
@@ -44,6 +45,14 @@ class Analyser(Protocol):
     def analyse(self, frame: Frame, resolution_px: int) -> Objects:
         """The objects of a frame, looked at with ``resolution_px``."""
         ...
+
+    def warm_up(self, resolution_px: int) -> None:
+        """Run once at this resolution, so that the first frame does not pay for set-up."""
+        ...
+
+
+# (result that holds, the frame's true boxes (n, 4) and labels (n,)) -> accuracy of the frame, None: nothing to score.
+Judge = Callable[["Objects | None", NDArray[np.float32], NDArray[np.int64]], float | None]
 
 
 class CropClassifier:
@@ -104,6 +113,13 @@ def frame_accuracy(found: NDArray[np.int64], truth: NDArray[np.int64]) -> float 
     return None if len(truth) == 0 else float((found == truth).mean())
 
 
+def classified_right(found: Objects | None, boxes: NDArray[np.float32], labels: NDArray[np.int64]) -> float | None:
+    """The judge of classification: classes carried over from ``found`` to the true boxes."""
+    if found is not None and found.boxes is boxes:
+        return frame_accuracy(found.labels, labels)  # classified at the frame's own boxes: nothing to match
+    return frame_accuracy(carry_over(found, boxes), labels)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What became of one frame. ``accuracy`` None: nothing to score."""
@@ -116,9 +132,10 @@ class Outcome:
 class InferenceEngine:
     """The serving state of one stream: model, configuration and the last result."""
 
-    def __init__(self, analyser: Analyser, config: InferenceConfig) -> None:
+    def __init__(self, analyser: Analyser, config: InferenceConfig, judge: Judge = classified_right) -> None:
         self.analyser = analyser
         self.config = config
+        self._judge = judge
         self._last: Objects | None = None
 
     def is_due(self, index: int) -> bool:
@@ -130,55 +147,4 @@ class InferenceEngine:
         analysed = not dropped and self.is_due(frame.index)
         if analysed:
             self._last = self.analyser.analyse(frame, self.config.resolution_px)
-        if analysed and self._last is not None and self._last.boxes is frame.boxes:
-            found = self._last.labels  # classified at the frame's own boxes: nothing to match
-        else:
-            found = carry_over(self._last, frame.boxes)
-        return Outcome(analysed, len(frame.labels), frame_accuracy(found, frame.labels))
-
-
-class ModelLoader:
-    """Loads, verifies and warms up a checkpoint in a thread beside the serving model.
-
-    ``error`` holds the reason when it cannot be used. ``busy_s`` is the processor time the thread took, which
-    must not be charged to the frames.
-    """
-
-    def __init__(
-        self, store: Path, ref: CheckpointRef, classes: tuple[str, ...], device: Device, resolution_px: int
-    ) -> None:
-        self.ref = ref
-        self.started = time.monotonic()
-        self.analyser: CropClassifier | None = None
-        self.error = ""
-        self.busy_s = 0.0
-        self._thread = threading.Thread(
-            target=self._load, args=(store, classes, device, resolution_px), name="model-loader", daemon=True
-        )
-        self._thread.start()
-
-    @property
-    def done(self) -> bool:
-        """The thread has ended: there is an analyser or an error."""
-        return not self._thread.is_alive()
-
-    def _load(self, store: Path, classes: tuple[str, ...], device: Device, resolution_px: int) -> None:
-        start = time.thread_time()
-        try:
-            self.analyser = load_classifier(store, self.ref, classes, device, resolution_px)
-        except Exception as error:
-            # Whatever is wrong with the new model, the old one goes on serving.
-            self.error = str(error) if isinstance(error, CheckpointError) else f"{type(error).__name__}: {error}"
-        self.busy_s = time.thread_time() - start
-
-
-def load_classifier(
-    store: Path, ref: CheckpointRef, classes: tuple[str, ...], device: Device, resolution_px: int
-) -> CropClassifier:
-    """A verified, warm classifier of ``ref``. Raises CheckpointError, also when it knows other classes."""
-    student, manifest = checkpoints.load(store, ref)
-    if manifest.classes != classes:
-        raise CheckpointError(f"checkpoint {ref.path}: classifies {manifest.classes}, the stream has {classes}")
-    classifier = CropClassifier(student, device, ref.version)
-    classifier.warm_up(resolution_px)
-    return classifier
+        return Outcome(analysed, len(frame.labels), self._judge(self._last, frame.boxes, frame.labels))

@@ -1,7 +1,7 @@
-"""Golden labels of a stretch of a stream, written as the window's data set.
+"""Golden labels of a stretch of a stream, written as the window's data set and as a sample list.
 
-The oracle reads the source's own truth, errs at a configured rate, and really burns the configured device
-time per frame, so that labelling competes with the other jobs as a large model would.
+Sample lists (``samples/STREAM/wNNNNNN.csv`` below the store, in the format of executor/streams/samples.py) say what
+the golden model found and where, so that a recorded stream can be replayed with them.
 """
 
 from __future__ import annotations
@@ -11,32 +11,20 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
-from executor.learning import datasets, replay
-from executor.learning.datasets import CropSet
+from executor.learning import datasets
 from executor.learning.device import Device
+from executor.learning.files import inside, write_atomically
+from executor.learning.golden import open_golden
 from executor.learning.stepping import Stepper
+from executor.learning.task import task_of
 from executor.streams.frames import FrameSource
 from protocol.errors import InputError
 from protocol.messages import LabelJob
 from protocol.schema import LabelResult
 
-_SLICE_S = 0.005  # of device time between two chances to rest or stop
-
-
-def oracle_labels(
-    truth: NDArray[np.int64], error_rate: float, num_classes: int, seed: int, frame_index: int
-) -> NDArray[np.int64]:
-    """``truth`` (n,) with each label replaced by a wrong class with probability ``error_rate``.
-
-    Deterministic in (seed, frame index), whatever other frames are labelled.
-    """
-    draw = np.random.default_rng([seed, frame_index & 0xFFFFFFFF, 1 if frame_index < 0 else 0])
-    wrong = draw.random(len(truth)) < error_rate
-    shift = draw.integers(1, num_classes, len(truth))
-    return np.where(wrong, (truth + shift) % num_classes, truth).astype(np.int64)
+# Frame index, category id, box (4), score.
+SampleRow = tuple[int, int, list[float], float]
 
 
 def frames_to_label(from_s: float, to_s: float, fps: float, label_fps: float) -> list[int]:
@@ -45,19 +33,6 @@ def frames_to_label(from_s: float, to_s: float, fps: float, label_fps: float) ->
     stride = max(1.0, fps / label_fps)
     count = math.ceil((last - first) / stride - 1e-9) if last > first else 0
     return [first + math.floor(position * stride) for position in range(count)]
-
-
-def burn(device: Device, seconds: float, stepper: Stepper) -> bool:
-    """Keep the device busy for ``seconds`` of device time. True when a stop was requested meanwhile."""
-    work = torch.ones(64, 64, device=device.torch_device)
-    until = stepper.busy_s() + seconds
-    while (left := until - stepper.busy_s()) > 0.0:
-        slice_end = stepper.busy_s() + min(_SLICE_S, left)
-        while stepper.busy_s() < slice_end:
-            work = torch.clamp(work @ work, max=1.0)
-        if stepper.step():
-            return True
-    return False
 
 
 def label(
@@ -69,36 +44,63 @@ def label(
     Raises InputError when there is nothing to learn from: no object in any frame and no exemplars.
     """
     started = time.monotonic()
-    stream = job.stream
-    num_classes = len(stream.classes)
-    parts: list[CropSet] = []
+    stream, task = job.stream, task_of(job.stream)
+    golden = open_golden(stream, device, stepper, seed)
+    parts = []
+    rows: list[SampleRow] = []
     num_frames = 0
+    golden_s = 0.0
     stopped = False
     for index in frames_to_label(job.from_s, job.to_s, stream.fps, stream.label_fps):
-        stopped = burn(device, stream.golden.seconds_per_frame, stepper) or stepper.step()
-        if stopped:
-            break
         frame = source.frame(index)
+        start = stepper.busy_s()
+        labels = golden.label(frame)
+        golden_s += max(0.0, stepper.busy_s() - start)
+        stopped = labels is None or stepper.step()
+        if labels is None or stopped:
+            break
         num_frames += 1
-        if len(frame.labels) == 0:
-            continue
-        labels = oracle_labels(frame.labels, stream.golden.error_rate, num_classes, seed, index)
-        flags = np.zeros(len(labels), np.bool_)
-        frames = np.full(len(labels), index, np.int64)
-        parts.append(CropSet(frame.crops(stream.crop_px), labels, frames, flags, flags))
-    fresh = datasets.concatenate([datasets.empty(stream.crop_px), *parts])
-    held_out = np.isin(fresh.frame_index, datasets.validation_frames(fresh.frame_index))
-    fresh = CropSet(fresh.crops, fresh.labels, fresh.frame_index, held_out, fresh.is_exemplar)
+        parts.append(task.examples(frame, labels, stream))
+        rows += zip(
+            [index] * len(labels), labels.ids.tolist(), labels.boxes.tolist(), labels.scores.tolist(), strict=True
+        )
+    fresh = task.join(parts, stream)
+    fresh = fresh.split(np.isin(fresh.frame_index, datasets.validation_frames(fresh.frame_index)))
     if job.exemplars is not None and stream.exemplars_per_class > 0:
-        previous = datasets.load(store, job.exemplars, stream.classes)
-        memory = replay.exemplars(previous, stream.exemplars_per_class, stream.crop_px)
-        fresh = datasets.concatenate([fresh, memory])
+        previous = task.read(store, job.exemplars, stream.classes)
+        fresh = task.join([fresh, task.memory(previous, stream)], stream)
     if stopped and num_frames == 0:
         return None
-    if len(fresh) == 0:
+    if sum(fresh.class_counts(len(stream.classes))) == 0:
         raise InputError(
             f"stream {stream.stream_id}: no object in the {num_frames} frames labelled from {job.from_s:g} s "
             f"to {job.to_s:g} s; raise label_fps or check the source"
         )
-    dataset = datasets.save(store, fresh, stream_id=stream.stream_id, window=job.window, classes=stream.classes)
+    write_rows(store, rows, stream_id=stream.stream_id, window=job.window)
+    dataset = datasets.save(
+        store,
+        fresh,
+        stream_id=stream.stream_id,
+        window=job.window,
+        classes=stream.classes,
+        label_s_per_frame=golden_s / max(1, num_frames),
+    )
     return LabelResult(dataset=dataset, num_frames=num_frames, seconds=time.monotonic() - started)
+
+
+def write_rows(store: Path, rows: list[SampleRow], *, stream_id: str, window: int) -> None:
+    """Write the window's sample list, without a header so that lists can be joined. Raises InputError.
+
+    Frames before the stream's first one are left out: no recording holds them.
+    """
+    path = inside(store, f"samples/{stream_id}/w{window:06d}.csv")
+    if path is None:
+        raise InputError(f'stream id "{stream_id}" leads out of the store {store}')
+    text = "".join(
+        f"{number},{frame},{category},{box[0]:g},{box[1]:g},{box[2]:g},{box[3]:g},{score:.3f}\n"
+        for number, (frame, category, box, score) in enumerate(row for row in rows if row[0] >= 0)
+    )
+    try:
+        write_atomically(path, text.encode())
+    except OSError as error:
+        raise InputError(f"sample list {path}: cannot be written: {error}") from error

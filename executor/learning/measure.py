@@ -13,8 +13,9 @@ import sys
 import msgspec
 
 from executor.learning.device import Device, take_device
-from executor.learning.inference import CropClassifier, InferenceEngine
+from executor.learning.inference import InferenceEngine
 from executor.learning.models import build_student
+from executor.learning.task import task_of
 from executor.streams.open import open_source
 from protocol.errors import InputError
 from protocol.schema import InferenceConfig, PositiveInt, Record, StreamSpec
@@ -37,10 +38,11 @@ class Answer(Record, frozen=True, kw_only=True):
 
 def serving_cost(spec: StreamSpec, config: InferenceConfig, device: Device, num_frames: int) -> float:
     """Median busy seconds per frame of an untrained student on the stream's first frames, warm-up left out."""
-    student = build_student(spec.student, len(spec.classes))
+    task = task_of(spec)
+    student = build_student(task.student_spec(spec.student), len(spec.classes))
     source = open_source(spec)
     try:
-        engine = InferenceEngine(CropClassifier(student, device, 1), config)
+        engine = InferenceEngine(task.analyser(student, device, 1), config, task.judge)
         first = round(spec.start_s * spec.fps)
         for index in range(first - 5, first):
             engine.process(source.frame(index))

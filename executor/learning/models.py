@@ -11,16 +11,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from pathlib import Path
+from typing import ClassVar
 
+import msgspec
 import torch
 import torchvision
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from executor.learning.weights import fill, read_state
 from protocol.errors import InputError
-from protocol.schema import StudentSpec
+from protocol.schema import StudentSpec, Task
 
 # Mean and standard deviation of the ImageNet training set, which published backbone weights expect.
 _MEAN = (0.485, 0.456, 0.406)
@@ -31,6 +31,8 @@ _EDGE_WIDTHS = (24, 48, 64, 64)
 
 class Student(nn.Module):
     """``head(pool(blocks(crops)))``. ``feature_width``: channels that leave the last block."""
+
+    task: ClassVar[Task] = "classification"
 
     def __init__(
         self, architecture: str, blocks: list[nn.Module], feature_width: int, num_classes: int, head_width: int
@@ -66,6 +68,15 @@ class Student(nn.Module):
         return self
 
 
+def named_spec(spec: StudentSpec, task: Task) -> StudentSpec:
+    """``spec`` with its architecture named. Raises InputError for one that is unknown or does another task."""
+    name = spec.architecture or _DEFAULTS[task]
+    if name != "edge_cnn" and name not in _BACKBONES:
+        known = ", ".join(["edge_cnn", *_BACKBONES])
+        raise InputError(f"student.architecture: {name!r} is no student for {task}; known: {known}")
+    return msgspec.structs.replace(spec, architecture=name)
+
+
 def build_student(spec: StudentSpec, num_classes: int, head_width: int | None = None) -> Student:
     """A new student; ``head_width`` overrides the spec's. Weights are random, drawn from torch's generator.
 
@@ -73,16 +84,21 @@ def build_student(spec: StudentSpec, num_classes: int, head_width: int | None = 
     architectures) the backbone starts from that file and the head is new. Raises InputError naming the
     file when it cannot be read or does not fit.
     """
+    spec = named_spec(spec, "classification")
     width = spec.head_width if head_width is None else head_width
     if spec.architecture == "edge_cnn":
         student = Student("edge_cnn", _edge_blocks(), _EDGE_WIDTHS[-1], num_classes, width)
         if spec.checkpoint:
-            state = {name: tensor for name, tensor in _state(spec.checkpoint).items() if name.startswith("blocks.")}
-            _fill(student.blocks, {name.removeprefix("blocks."): tensor for name, tensor in state.items()}, spec)
+            state = read_state(spec.checkpoint, "student.checkpoint")
+            backbone = {name[7:]: tensor for name, tensor in state.items() if name.startswith("blocks.")}
+            fill(student.blocks, backbone, f"student.checkpoint {spec.checkpoint}", "edge_cnn")
         return student
     network: nn.Module = getattr(torchvision.models, spec.architecture)(weights=None)
     if spec.checkpoint:
-        _fill(network, _state(spec.checkpoint), spec)
+        # The published classifier layer is left out: its classes are others.
+        wanted = {name for name in network.state_dict() if not name.startswith(("fc.", "classifier."))}
+        state = read_state(spec.checkpoint, "student.checkpoint")
+        fill(network, state, f"student.checkpoint {spec.checkpoint}", spec.architecture, wanted)
     blocks, feature_width = _BACKBONES[spec.architecture](network)
     return Student(spec.architecture, blocks, feature_width, num_classes, width)
 
@@ -151,37 +167,10 @@ def _shufflenet_blocks(network: nn.Module) -> tuple[list[nn.Module], int]:
     return [stem, *stages, part("conv5")], 1024
 
 
+_DEFAULTS: dict[Task, str] = {"classification": "edge_cnn", "detection": "edge_detector"}
+
 _BACKBONES: dict[str, Callable[[nn.Module], tuple[list[nn.Module], int]]] = {
     "resnet18": _resnet_blocks,
     "mobilenet_v3_small": _mobilenet_blocks,
     "shufflenet_v2_x0_5": _shufflenet_blocks,
 }
-
-
-def _state(path: str) -> dict[str, Tensor]:
-    try:
-        if Path(path).suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch.load reports a broken file as any of half a dozen unrelated exception types.
-        kind = "not a safetensors file" if isinstance(error, SafetensorError) else type(error).__name__
-        raise InputError(f"student.checkpoint {path}: cannot be read ({kind}: {error})") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise InputError(f"student.checkpoint {path}: holds no state dict (names to tensors)")
-    return state
-
-
-def _fill(module: nn.Module, state: dict[str, Tensor], spec: StudentSpec) -> None:
-    """Load a backbone's weights; those of the published classifier layer are left out, its classes are others."""
-    wanted = {name for name in module.state_dict() if not name.startswith(("fc.", "classifier."))}
-    missing = sorted(wanted - state.keys())
-    if missing:
-        raise InputError(
-            f"student.checkpoint {spec.checkpoint}: no weights of {spec.architecture}; "
-            f"{len(missing)} of {len(wanted)} missing, first {missing[0]}"
-        )
-    try:
-        module.load_state_dict({name: state[name] for name in wanted}, strict=False)
-    except RuntimeError as error:
-        raise InputError(f"student.checkpoint {spec.checkpoint}: does not fit {spec.architecture}: {error}") from error

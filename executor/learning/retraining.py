@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 
-from executor.learning import checkpoints, datasets
-from executor.learning.datasets import CropSet
+from executor.learning import checkpoints
+from executor.learning.datasets import Examples
 from executor.learning.device import Device
 from executor.learning.models import Student
 from executor.learning.stepping import Stepper
-from executor.learning.training import Trainer, evaluate, student_for, subset
+from executor.learning.task import task_of
 from protocol.errors import InputError
 from protocol.messages import RetrainJob
 from protocol.schema import EpochResult, RetrainResult
@@ -42,24 +42,24 @@ class Retraining:
     def __init__(
         self,
         job: RetrainJob,
-        crops: CropSet,
+        crops: Examples,
         serving: Student | None,
         device: Device,
         stepper: Stepper,
         on_epoch: Callable[[EpochResult], None],
     ) -> None:
         self._job, self._device, self._stepper, self._on_epoch = job, device, stepper, on_epoch
-        num_classes = len(job.stream.classes)
+        self._task = task = task_of(job.stream)
         train, self._validation = crops.train, crops.validation
         if len(train) < 2 or len(self._validation) < 1:
             raise InputError(
-                f"data set {job.dataset.path}: {len(train)} training and {len(self._validation)} held-out crops "
+                f"data set {job.dataset.path}: {len(train)} training and {len(self._validation)} held-out examples "
                 f"are too few; raise label_fps of stream {job.stream.stream_id}"
             )
-        student = student_for(job.config, serving, job.stream.student, num_classes, device, job.seed)
+        student = task.student_for(job.config, serving, job.stream, device, job.seed)
         before = student if serving is None else serving.to(device.torch_device)
-        part = subset(train, max(2, round(job.config.data_fraction * len(train))), job.seed)
-        self._trainer = Trainer(student, job.config, part, device, job.seed)
+        part = task.subset(train, max(2, round(job.config.data_fraction * len(train))), job.seed)
+        self._trainer = task.trainer(student, job.config, part, device, job.seed)
         self.student = self._trainer.average
         self.epochs: list[EpochResult] = []
         self._best = -1
@@ -93,7 +93,7 @@ class Retraining:
         return last, f"kept the last epoch ({last.epoch})"
 
     def _record(self, epoch: int, student: Student, start_busy_s: float) -> None:
-        accuracy, loss = evaluate(student, self._validation, self._device, self._stepper)
+        accuracy, loss = self._task.evaluate(student, self._validation, self._device, self._stepper)
         result = EpochResult(
             epoch=epoch, accuracy=accuracy, loss=_finite(loss), busy_s=max(0.0, self._stepper.busy_s() - start_busy_s)
         )
@@ -115,7 +115,7 @@ def retrain(
     DivergedError (no checkpoint is written then).
     """
     started, start_busy_s = time.monotonic(), stepper.busy_s()
-    crops = datasets.load(store, job.dataset, job.stream.classes)
+    crops = task_of(job.stream).read(store, job.dataset, job.stream.classes)
     serving = None if job.checkpoint is None else checkpoints.load(store, job.checkpoint)[0]
     on_ready()
     retraining = Retraining(job, crops, serving, device, stepper, on_epoch)
@@ -128,7 +128,7 @@ def retrain(
             stream_id=job.stream.stream_id,
             version=job.next_version,
             classes=job.stream.classes,
-            crop_px=job.stream.crop_px,
+            crop_px=job.stream.crop_px if job.stream.task == "classification" else job.stream.frame_px,
             retrain_id=job.config.config_id,
             window=job.window,
             accuracy=epoch.accuracy,

@@ -9,23 +9,25 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from executor.learning import checkpoints, datasets
-from executor.learning.datasets import CropSet
+from executor.learning import checkpoints
+from executor.learning.datasets import Examples
 from executor.learning.device import Device
-from executor.learning.inference import CropClassifier, Objects, carry_over, frame_accuracy
-from executor.learning.labeling import burn, oracle_labels
+from executor.learning.golden import Labels, open_golden
+from executor.learning.inference import Analyser, Objects
 from executor.learning.models import Student
 from executor.learning.stepping import Stepper
-from executor.learning.training import DivergedError, Trainer, evaluate, frame_mean_accuracy, student_for, subset
+from executor.learning.task import Task, task_of
+from executor.learning.training import DivergedError
 from executor.streams.frames import Frame, FrameSource
 from protocol.errors import InputError
 from protocol.messages import TrialJob
 from protocol.schema import EpochResult, InferenceConfig, InferenceTrial, RetrainConfig, RetrainTrial, TrialResult
 
-_MIN_TRIAL_CROPS = 8
+_MIN_TRIAL_EXAMPLES = 8
 
 
 class _StoppedError(Exception):
@@ -47,17 +49,18 @@ def run_trials(
     diverges is left out. Raises InputError and CheckpointError as loading does.
     """
     started, start_busy_s = time.monotonic(), stepper.busy_s()
-    crops = datasets.load(store, job.dataset, job.stream.classes)
+    task = task_of(job.stream)
+    crops = task.read(store, job.dataset, job.stream.classes)
     serving, _ = checkpoints.load(store, job.checkpoint)
     serving.to(device.torch_device)
     on_ready()
     load_busy_s = stepper.busy_s() - start_busy_s
     if len(crops.train) < 2 or len(crops.validation) < 1:
-        raise InputError(f"data set {job.dataset.path}: too few crops to profile with; raise label_fps")
-    baseline = _epoch(0, serving, crops.validation, device, stepper, stepper.busy_s())
+        raise InputError(f"data set {job.dataset.path}: too few examples to profile with; raise label_fps")
+    baseline = _epoch(task, 0, serving, crops.validation, device, stepper, stepper.busy_s())
     # What serving will be worth is a mean over frames; labels that the model was trained on say nothing about it.
     unseen = crops.take(~crops.is_exemplar) if job.unseen else crops.validation
-    accuracy_now = frame_mean_accuracy(serving, unseen, device, stepper)
+    accuracy_now = task.serving_accuracy(serving, unseen, device, stepper)
     retrain: list[RetrainTrial] = []
     inference: list[InferenceTrial] = []
     try:
@@ -84,7 +87,7 @@ def run_trials(
 def _retrain_trial(
     job: TrialJob,
     config: RetrainConfig,
-    crops: CropSet,
+    crops: Examples,
     serving: Student,
     baseline: EpochResult,
     load_busy_s: float,
@@ -92,19 +95,19 @@ def _retrain_trial(
     stepper: Stepper,
     seed: int,
 ) -> RetrainTrial:
-    start = stepper.busy_s()
+    start, task = stepper.busy_s(), task_of(job.stream)
     total = max(2, round(config.data_fraction * len(crops.train)))
-    wanted = max(_MIN_TRIAL_CROPS, round(job.data_share * len(crops.train)))
-    part = subset(crops.train, min(total, wanted), seed)
-    student = student_for(config, serving, job.stream.student, len(job.stream.classes), device, seed)
-    trainer = Trainer(student, config, part, device, seed)
+    wanted = max(_MIN_TRIAL_EXAMPLES, round(job.data_share * len(crops.train)))
+    part = task.subset(crops.train, min(total, wanted), seed)
+    student = task.student_for(config, serving, job.stream, device, seed)
+    trainer = task.trainer(student, config, part, device, seed)
     startup_s = load_busy_s + stepper.busy_s() - start
     epochs = [baseline]
     for epoch in range(1, job.num_epochs + 1):
         start = stepper.busy_s()
         if trainer.epoch(stepper):
             raise _StoppedError
-        epochs.append(_epoch(epoch, trainer.average, crops.validation, device, stepper, start))
+        epochs.append(_epoch(task, epoch, trainer.average, crops.validation, device, stepper, start))
     return RetrainTrial(
         config=config,
         num_samples=len(part),
@@ -116,9 +119,15 @@ def _retrain_trial(
 
 
 def _epoch(
-    epoch: int, student: Student, validation: CropSet, device: Device, stepper: Stepper, start_busy_s: float
+    task: Task[Any],
+    epoch: int,
+    student: Student,
+    validation: Examples,
+    device: Device,
+    stepper: Stepper,
+    start_busy_s: float,
 ) -> EpochResult:
-    accuracy, loss = evaluate(student, validation, device, stepper)
+    accuracy, loss = task.evaluate(student, validation, device, stepper)
     busy_s = max(0.0, stepper.busy_s() - start_busy_s)
     return EpochResult(epoch=epoch, accuracy=accuracy, loss=loss if np.isfinite(loss) else 1e9, busy_s=busy_s)
 
@@ -130,47 +139,51 @@ def _inference_trials(
     is charged for those that it would have analysed."""
     if not job.inference or job.num_frames < 1:
         return []
-    stream = job.stream
+    stream, task = job.stream, task_of(job.stream)
+    golden = open_golden(stream, device, stepper, seed)
     end = round(job.clip_end_s * stream.fps)
     start_busy_s = stepper.busy_s()
     frames: list[Frame] = []
-    truth: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
+    truth: list[Labels] = []
     golden_busy_s = 0.0
     for index in range(end - job.num_frames, end):
         frame = source.frame(index)
         frames.append(frame)
         golden_start = stepper.busy_s()
         # Consecutive frames are not among the window's labels: the golden model has to look at them as well.
-        if burn(device, stream.golden.seconds_per_frame, stepper):
+        labels = golden.label(frame)
+        if labels is None:
             raise _StoppedError
-        truth.append(oracle_labels(frame.labels, stream.golden.error_rate, len(stream.classes), seed, index))
+        truth.append(labels)
         golden_busy_s += stepper.busy_s() - golden_start
     fetch_s = max(0.0, stepper.busy_s() - start_busy_s - golden_busy_s) / len(frames)
-    classifier = CropClassifier(serving, device, job.checkpoint.version)
+    analyser = task.analyser(serving, device, job.checkpoint.version)
     if stepper.step():
         raise _StoppedError
     trials: dict[str, InferenceTrial] = {}
     for resolution_px in sorted({config.resolution_px for config in job.inference}):
         configs = [config for config in job.inference if config.resolution_px == resolution_px]
-        results, analyse_s = _analysed(classifier, frames, configs, device, stepper)
+        results, analyse_s = _analysed(analyser, frames, configs, device, stepper)
         for config in configs:
-            trials[config.config_id] = _judged(config, frames, truth, results, analyse_s, fetch_s, device, stepper)
+            trials[config.config_id] = _judged(
+                task, config, frames, truth, results, analyse_s, fetch_s, device, stepper
+            )
     return [trials[config.config_id] for config in job.inference]
 
 
 def _analysed(
-    classifier: CropClassifier, frames: list[Frame], configs: list[InferenceConfig], device: Device, stepper: Stepper
+    analyser: Analyser, frames: list[Frame], configs: list[InferenceConfig], device: Device, stepper: Stepper
 ) -> tuple[dict[int, Objects], dict[int, float]]:
     """Result and busy seconds (crops made, classified) of every frame that one of ``configs`` analyses."""
     resolution_px = configs[0].resolution_px
-    classifier.analyse(frames[0], resolution_px)  # not measured: caches and set-up that are paid once
+    analyser.analyse(frames[0], resolution_px)  # not measured: caches and set-up that are paid once
     results: dict[int, Objects] = {}
     busy_s: dict[int, float] = {}
     for frame in frames:
         if not any(frame.index % config.frame_interval == 0 for config in configs):
             continue
         start = stepper.busy_s()
-        results[frame.index] = classifier.analyse(frame, resolution_px)
+        results[frame.index] = analyser.analyse(frame, resolution_px)
         busy_s[frame.index] = max(0.0, stepper.busy_s() - start)
         if stepper.step():
             raise _StoppedError
@@ -178,9 +191,10 @@ def _analysed(
 
 
 def _judged(
+    task: Task[Any],
     config: InferenceConfig,
     frames: list[Frame],
-    truth: list[np.ndarray[tuple[int], np.dtype[np.int64]]],
+    truth: list[Labels],
     results: dict[int, Objects],
     analyse_s: dict[int, float],
     fetch_s: float,
@@ -196,7 +210,7 @@ def _judged(
             last = results[frame.index]
             num_analysed += 1
             analysed_s += analyse_s[frame.index]
-        accuracy = frame_accuracy(carry_over(last, frame.boxes), labels)
+        accuracy = task.judge(last, labels.boxes, labels.labels)
         # The frames before a clip's first analysed one have no result to carry over, which no served stream suffers.
         if accuracy is not None and last is not None:
             accuracies.append(accuracy)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from executor.streams.resize import resize_picture
+from executor.streams.resize import cut_out
 from executor.streams.samples import NO_SAMPLES, FrameSamples, label_table, read_samples
 from executor.streams.video import Video
 from protocol.errors import InputError
@@ -33,15 +33,9 @@ class RecordedFrame:
 
     def crops(self, px: int) -> NDArray[np.uint8]:
         """Square RGB crops of the objects, uint8 (n, px, px, 3); fractional boxes grow to whole pixels."""
-        crops = np.empty((len(self.boxes), px, px, 3), np.uint8)
         if len(self.boxes) == 0:
-            return crops
-        picture = self._source.video_of(self._clip).pixels(self._number)
-        low = np.floor(self.boxes[:, :2]).astype(np.intp)
-        high = np.ceil(self.boxes[:, 2:]).astype(np.intp)
-        for number, ((x0, y0), (x1, y1)) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
-            crops[number] = resize_picture(picture[y0:y1, x0:x1], px)
-        return crops
+            return np.zeros((0, px, px, 3), np.uint8)
+        return cut_out(self._source.video_of(self._clip).pixels(self._number), self.boxes, px)
 
     def image(self) -> NDArray[np.uint8]:
         """The whole frame, RGB uint8 (height, width, 3)."""

@@ -26,6 +26,16 @@ def resize_picture(picture: NDArray[np.uint8], px: int) -> NDArray[np.uint8]:
     return np.ascontiguousarray((planes + 0.5).clip(0, 255).transpose(1, 2, 0).astype(np.uint8))
 
 
+def cut_out(picture: NDArray[np.uint8], boxes: NDArray[np.float32], px: int) -> NDArray[np.uint8]:
+    """Square crops (n, px, px, 3) of the boxes (n, 4) of a picture (h, w, 3); fractional boxes grow to whole pixels."""
+    crops = np.empty((len(boxes), px, px, 3), np.uint8)
+    low = np.floor(boxes[:, :2]).astype(np.intp)
+    high = np.ceil(boxes[:, 2:]).astype(np.intp)
+    for number, ((x0, y0), (x1, y1)) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
+        crops[number] = resize_picture(picture[y0:y1, x0:x1], px)
+    return crops
+
+
 def halved(planes: NDArray[np.uint8]) -> NDArray[np.uint8]:
     """Mean of 2 x 2 pixels, (n, h, w) -> (n, h / 2, w / 2); h and w are even."""
     total = planes[:, ::2, ::2].astype(np.uint16)

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.learning import datasets, labeling, replay
+from executor.learning import datasets, golden, labeling, replay
 from executor.learning.datasets import CropSet
 from executor.learning.device import Device
 from executor.learning.stepping import FreeStepper
@@ -131,15 +131,15 @@ def test_labelled_frames_lie_in_the_stretch_and_none_is_labelled_twice(
 
 def test_the_oracle_errs_at_its_rate_and_the_same_way_every_time() -> None:
     truth = np.arange(6, dtype=np.int64) % 4
-    runs = [[labeling.oracle_labels(truth, 0.1, 4, seed=7, frame_index=i) for i in range(-500, 1500)] for _ in range(2)]
+    runs = [[golden.oracle_labels(truth, 0.1, 4, seed=7, frame_index=i) for i in range(-500, 1500)] for _ in range(2)]
     assert np.array_equal(runs[0], runs[1])
     wrong = np.mean(np.array(runs[0]) != truth)
     assert wrong == pytest.approx(0.1, abs=0.012)
     assert np.min(runs[0]) >= 0
     assert np.max(runs[0]) < 4
-    other = [labeling.oracle_labels(truth, 0.1, 4, seed=8, frame_index=i) for i in range(-500, 1500)]
+    other = [golden.oracle_labels(truth, 0.1, 4, seed=8, frame_index=i) for i in range(-500, 1500)]
     assert not np.array_equal(runs[0], other)
-    assert np.array_equal(labeling.oracle_labels(truth, 0.0, 4, 7, 3), truth)
+    assert np.array_equal(golden.oracle_labels(truth, 0.0, 4, 7, 3), truth)
 
 
 def label_job(from_s: float, to_s: float, **options: object) -> LabelJob:
@@ -174,10 +174,10 @@ def test_labelling_consumes_the_golden_models_time() -> None:
         return now
 
     stepper = FreeStepper(busy_clock)
-    assert labeling.burn(CPU, 0.05, stepper) is False
+    assert golden.burn(CPU, 0.05, stepper) is False
     assert now == pytest.approx(0.05, rel=0.05)
     assert stepper.num_steps >= 5  # the worker gets chances to rest and to stop
-    assert labeling.burn(CPU, 0.05, FreeStepper(busy_clock, stop_after=2)) is True
+    assert golden.burn(CPU, 0.05, FreeStepper(busy_clock, stop_after=2)) is True
 
 
 def test_a_stop_ends_labelling_with_what_there_is(tmp_path: Path) -> None:

@@ -35,6 +35,9 @@ class KnowingAnalyser:
         self.asked.append((frame.index, resolution_px))
         return Objects(frame.boxes, (frame.labels + self.shift) % 3)
 
+    def warm_up(self, resolution_px: int) -> None:
+        del resolution_px
+
 
 def engine(interval: int, analyser: KnowingAnalyser | None = None) -> InferenceEngine:
     config = InferenceConfig(config_id="x", frame_interval=interval, resolution_px=16)

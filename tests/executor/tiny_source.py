@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from protocol.errors import InputError
-from protocol.schema import CitySource, GoldenSpec, StreamSpec
+from protocol.schema import CitySource, OracleGolden, StreamSpec
 
 CLASSES = ("red", "green", "blue")
 _COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200]], np.float32)
@@ -59,7 +59,7 @@ class TinySource:
 
 def spec(stream_id: str = "tiny", *, fps: float = 20.0, label_s: float = 0.0, **options: object) -> StreamSpec:
     """A stream whose source is a TinySource, whatever its spec says."""
-    golden = GoldenSpec(error_rate=0.0, seconds_per_frame=label_s)
+    golden = OracleGolden(error_rate=0.0, seconds_per_frame=label_s)
     return StreamSpec(
         stream_id=stream_id,
         source=CitySource(seed=1),
