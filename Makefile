@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= runs
 
-.PHONY: install demo test check bench experiment clean
+.PHONY: install demo test check bench experiment gpu-check clean
 
 install: $(STAMP)
 
@@ -33,6 +33,11 @@ bench: $(STAMP)
 experiment: $(STAMP)
 	$(BIN)/ekya-optimizer experiment examples/city.toml --policies timeline,milp,thief,uniform,none --out $(OUT)/experiment-city
 	$(BIN)/ekya-optimizer experiment examples/street.toml --executors 1 --policies timeline,milp,thief,uniform,none --out $(OUT)/experiment-street
+
+# Needs an NVIDIA GPU; changes none of its settings. PYTHON may name one that has the dependencies, without .venv.
+gpu-check:
+	@mkdir -p $(OUT)
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m executor.gpu_check --out $(OUT)/gpu-check.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

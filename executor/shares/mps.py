@@ -53,16 +53,7 @@ class MpsBackend:
         if trouble:
             raise WorkerError(trouble)
         self._admit()
-        environment = {
-            "CUDA_MPS_PIPE_DIRECTORY": str(self._daemon.pipe_directory),
-            "CUDA_MPS_LOG_DIRECTORY": str(self._daemon.log_directory),
-            "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": percentage(share),
-            "CUDA_MPS_CLIENT_PRIORITY": "0" if isinstance(job, InferenceJob) else "1",
-            "CUDA_VISIBLE_DEVICES": "",
-        }
-        if job.memory_bytes:
-            environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = f"0={-(-job.memory_bytes // MIB)}M"
-        return environment
+        return client_environment(self._daemon, share, 0 if isinstance(job, InferenceJob) else 1, job.memory_bytes)
 
     def paced_share(self, share: float, cap: float) -> float:
         return min(1.0, share / cap)
@@ -124,6 +115,20 @@ class MpsBackend:
             return
         log.warning("%s", line("mps_daemon_restart", reason=self._down))
         self._down, self._checked_s = "", now
+
+
+def client_environment(daemon: MpsDaemon, share: float, priority: int, memory_bytes: int = 0) -> dict[str, str]:
+    """What makes a process a client of ``daemon``. ``priority``: 0 above 1; ``memory_bytes``: 0 = no limit."""
+    environment = {
+        "CUDA_MPS_PIPE_DIRECTORY": str(daemon.pipe_directory),
+        "CUDA_MPS_LOG_DIRECTORY": str(daemon.log_directory),
+        "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE": percentage(share),
+        "CUDA_MPS_CLIENT_PRIORITY": str(priority),
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    if memory_bytes:
+        environment["CUDA_MPS_PINNED_DEVICE_MEM_LIMIT"] = f"0={-(-memory_bytes // MIB)}M"
+    return environment
 
 
 def percentage(share: float) -> str:

@@ -16,17 +16,29 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from executor.child import die_with_parent
 from protocol.errors import DeviceError, WorkerError
 from protocol.logs import line
+from protocol.schema import Record
 
 log = logging.getLogger(__name__)
 
 PROGRAM = "nvidia-cuda-mps-control"
 MAX_SOCKET_PATH = 107
 LONGEST_SOCKET = "control_privileged"
+
+
+class Query(Record, frozen=True, kw_only=True):
+    """One command to the control program and what came of it, to the letter. ``exit_code`` None: it never ended."""
+
+    command: str
+    exit_code: int | None
+    output: str
+    errors: str
+    seconds: float
 
 
 class Identity:
@@ -50,8 +62,10 @@ class MpsDaemon:
         program: str = PROGRAM,
         query_timeout_s: float = 2.0,
         start_timeout_s: float = 10.0,
+        observer: Callable[[Query], None] = lambda query: None,
     ) -> None:
         """``directory``: its pipes and logs go below it; empty = a new one below the temporary directory.
+        ``observer``: is shown every query, for transcripts.
 
         Raises:
             DeviceError: the directory's path is too long for the daemon's sockets, or cannot be made.
@@ -60,6 +74,7 @@ class MpsDaemon:
         self._program = program
         self._query_timeout_s = query_timeout_s
         self._start_timeout_s = start_timeout_s
+        self._observer = observer
         self._process: subprocess.Popen[bytes] | None = None
         self._identity: Identity | None = None
         self._servers: dict[int, Identity] = {}
@@ -76,8 +91,11 @@ class MpsDaemon:
 
     @property
     def _environment(self) -> dict[str, str]:
+        # The daemon starts the server program, which lies beside it, perhaps outside the PATH.
+        beside = os.path.dirname(self._program)
         return {
             **os.environ,
+            "PATH": os.pathsep.join(filter(None, (os.environ.get("PATH", os.defpath), beside))),
             "CUDA_MPS_PIPE_DIRECTORY": str(self.pipe_directory),
             "CUDA_MPS_LOG_DIRECTORY": str(self.log_directory),
         }
@@ -140,6 +158,7 @@ class MpsDaemon:
         Raises:
             WorkerError: it does not answer in time, or cannot be reached.
         """
+        start = time.monotonic()
         try:
             done = subprocess.run(
                 [self._program],
@@ -147,15 +166,24 @@ class MpsDaemon:
                 env=self._environment,
                 capture_output=True,
                 text=True,
+                errors="replace",
                 timeout=self._query_timeout_s,
                 check=False,
             )
         except (OSError, subprocess.TimeoutExpired) as error:
+            self._observe(command, None, "", str(error), start)
             raise WorkerError(f"MPS daemon, {command}: {error}") from None
+        self._observe(command, done.returncode, done.stdout, done.stderr, start)
         if done.returncode != 0:
             text = (done.stdout + done.stderr).strip()
             raise WorkerError(f"MPS daemon, {command}: exit code {done.returncode}: {text}")
         return done.stdout.strip()
+
+    def _observe(self, command: str, exit_code: int | None, output: str, errors: str, start: float) -> None:
+        seconds = time.monotonic() - start
+        self._observer(
+            Query(command=command, exit_code=exit_code, output=output, errors=errors, seconds=round(seconds, 4))
+        )
 
     def server_pids(self) -> list[int]:
         """Process ids of the servers; none before the first client. Raises WorkerError."""

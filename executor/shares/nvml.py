@@ -48,6 +48,12 @@ def find_gpu(index: int) -> NvidiaGpu:
         )
 
 
+def used_memory_bytes(index: int) -> int:
+    """Memory of the GPU ``cuda:index`` that is taken, by whomever. Raises DeviceError."""
+    with _nvml() as nvml:
+        return int(nvml.nvmlDeviceGetMemoryInfo(nvml.nvmlDeviceGetHandleByIndex(index)).used)
+
+
 @contextmanager
 def _nvml() -> Iterator[Any]:
     try:
