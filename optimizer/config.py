@@ -11,7 +11,8 @@ from typing import Annotated, Any, Union
 
 import msgspec
 
-from protocol.errors import ConfigError
+from optimizer.checks import check_quantum
+from protocol.errors import ConfigError, InputError
 from protocol.schema import (
     Fraction,
     InferenceConfig,
@@ -202,6 +203,10 @@ def _check(site: SiteConfig, origin: str) -> None:
                     f"{where}: inference configuration {config.config_id!r} wants {config.resolution_px} px, "
                     f"more than the stream's {field} = {edge}; raise {field} or lower resolution_px"
                 )
+    try:
+        check_quantum(site.share_quantum, f"{origin}: share_quantum")
+    except InputError as error:
+        raise ConfigError(str(error)) from None
     if site.profiling.share >= 1.0:
         raise ConfigError(f"{origin}: profiling.share must be below 1, or nothing is left for serving")
     if site.silence_s < 2 * site.heartbeat_s:

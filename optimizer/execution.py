@@ -7,9 +7,10 @@ are pure; shares are fractions of one GPU, times are in seconds.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
-from protocol.plan import InferenceProfile, Problem, RetrainProfile
-from protocol.schema import GpuSpec
+from protocol.plan import CloudProfile, InferenceProfile, Problem, RetrainProfile, StreamProfile
+from protocol.schema import GpuSpec, LinkSpec
 
 TOLERANCE = 1e-6  # of one quantum: forgives the rounding of a share that was written as a decimal
 
@@ -75,6 +76,36 @@ def fits(profile: InferenceProfile, gpu: GpuSpec, quantum: float) -> bool:
     if gpu.memory_bytes and profile.memory_bytes > gpu.memory_bytes:
         return False
     return needed_quanta(profile, gpu, quantum) <= capacity_quanta(gpu, quantum)
+
+
+def own_window_s(stream: StreamProfile, window_s: float) -> float:
+    """T_v: the time over which the stream's accuracy counts in a plan of ``window_s`` seconds (rule 7)."""
+    return window_s if stream.window_s is None else min(stream.window_s, window_s)
+
+
+def asked_latency_s(stream: StreamProfile, gpus: Iterable[GpuSpec], quantum: float) -> float:
+    """The latency limit that can be asked of ``stream``, inf without one.
+
+    Its own; where every configuration that fits on some GPU breaks it, the smallest latency of these.
+    """
+    if stream.max_latency_s is None:
+        return math.inf
+    places = tuple(gpus)
+    usable = (p.latency_s for p in stream.inference if any(fits(p, gpu, quantum) for gpu in places))
+    return max(stream.max_latency_s, min(usable, default=0.0))
+
+
+def transfer_times(link: LinkSpec, queue: Sequence[CloudProfile]) -> list[tuple[float, float]]:
+    """(start of the up-link transfer, arrival of the model) of retrainings in their order on ``link`` (rule 8)."""
+    times: list[tuple[float, float]] = []
+    up_end_s = down_end_s = 0.0
+    for profile in queue:
+        start_s = up_end_s
+        up_end_s += profile.up_bytes / link.up_bytes_per_s
+        down_s = profile.down_bytes / link.down_bytes_per_s
+        down_end_s = max(down_end_s, up_end_s + profile.cloud_seconds) + down_s
+        times.append((start_s, down_end_s))
+    return times
 
 
 def gpu_classes(problem: Problem) -> tuple[tuple[GpuSpec, tuple[int, ...]], ...]:

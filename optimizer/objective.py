@@ -3,12 +3,13 @@
 It knows no solver and shares no code with one beyond the arithmetic of ``optimizer.execution``. Every
 plan passes through it, whoever made it, in production as well as in tests.
 
-Value (window-averaged inference accuracy): sum_v w_v * (1/T) * integral_0^T a_v(t) q_v(t) dt / sum_v w_v.
-While a configuration change or a migration is paid for (rule 6), the stream's accuracy counts as 0;
-the floor is on a * q and does not look at these moments.
+Value (window-averaged inference accuracy): sum_v w_v * (1/T_v) * integral_0^T_v a_v(t) q_v(t) dt / sum_v w_v, with
+T_v the stream's own window (rule 7). While a configuration change or a migration is paid for (rule 6), the stream's
+accuracy counts as 0; the floor is on a * q and does not look at these moments.
 
 Floor: the least that is asked of stream v is min(aMIN_v, a(v,0) * best usable q): where no option of a
-stream meets its floor, its least violation is asked for, and nothing more.
+stream meets its floor, its least violation is asked for, and nothing more. The same holds for the latency
+limit; an inference configuration that breaks what is asked of the latency is not usable.
 """
 
 from __future__ import annotations
@@ -19,20 +20,24 @@ from collections.abc import Iterable
 import msgspec
 
 from optimizer.execution import (
+    asked_latency_s,
     capacity_quanta,
     fastest_retrain_seconds,
     fits,
     gpu_classes,
     needed_quanta,
+    own_window_s,
     quanta_of,
     retrain_seconds,
+    transfer_times,
 )
 from optimizer.verdicts import GpuVerdict, StreamVerdict, Verdict, Violation, ViolationKind
-from protocol.plan import Assignment, Plan, Problem, StreamProfile
+from protocol.plan import Assignment, CloudProfile, Plan, Problem, RetrainProfile, StreamProfile
 from protocol.schema import GpuSpec
 
 __all__ = [
     "ACCURACY_TOLERANCE",
+    "SECONDS_TOLERANCE",
     "GpuVerdict",
     "StreamVerdict",
     "Verdict",
@@ -45,6 +50,7 @@ __all__ = [
 ]
 
 ACCURACY_TOLERANCE = 1e-9
+SECONDS_TOLERANCE = 1e-9
 
 
 class _Use(msgspec.Struct):
@@ -64,7 +70,6 @@ class _Judging:
         self.uses = {gpu.gpu_id: _Use(gpu, []) for gpu in problem.gpus}
         self.streams = {stream.stream_id: stream for stream in problem.streams}
         self.violations: list[Violation] = []
-        self._best_q: dict[str, float] = {}
         self._classes = [gpu for gpu, _ in gpu_classes(problem)]
 
     def report(self, kind: ViolationKind, subject: str, text: str) -> None:
@@ -99,19 +104,81 @@ class _Judging:
             self.report("order", "plan", "the assignments are not in the problem's order of streams")
         return found
 
-    def retrain_times(self, assignments: dict[str, Assignment]) -> dict[str, tuple[float, float]]:
-        """(start, end) of the retrainings, inf for those that never start (rules 2 and 4)."""
+    def cloud_times(self, assignments: dict[str, Assignment]) -> dict[str, tuple[float, float]]:
+        """(start, arrival of the model) of the retrainings in the cloud (rule 8)."""
+        queues: dict[str, list[tuple[int, int, CloudProfile, str]]] = {link.link_id: [] for link in self.problem.links}
+        for position, (stream_id, assignment) in enumerate(assignments.items()):
+            if assignment.cloud is None:
+                continue
+            if assignment.retrain is not None:
+                text = f"stream {stream_id!r} is retrained on a GPU and in the cloud at once"
+                self.report("two_retrainings", stream_id, text)
+            profile = self._cloud_profile(assignment)
+            if profile is None or profile.link_id not in queues:
+                text = f"stream {stream_id!r} has no retraining {assignment.cloud.retrain_id!r} in the cloud"
+                self.report("unknown_retrain", stream_id, text)
+            else:
+                queues[profile.link_id].append((assignment.cloud.turn, position, profile, stream_id))
+        times: dict[str, tuple[float, float]] = {}
+        for link in self.problem.links:
+            queue = sorted(queues[link.link_id], key=lambda entry: entry[:2])
+            for behind, (_, _, profile, stream_id) in zip([None, *queue], queue, strict=False):
+                if profile.running and behind is not None and not behind[2].running:
+                    text = f"the retraining of {stream_id!r} runs over {link.link_id!r} and must keep its turn in front"
+                    self.report("link_order", stream_id, text)
+            for entry, time in zip(queue, transfer_times(link, [entry[2] for entry in queue]), strict=True):
+                times[entry[3]] = time
+        return times
+
+    def _cloud_profile(self, assignment: Assignment) -> CloudProfile | None:
+        step = assignment.cloud
+        if step is None:
+            return None
+        profiles = self.streams[assignment.stream_id].cloud
+        return next((p for p in profiles if p.retrain_id == step.retrain_id), None)
+
+    def _retrain_profile(self, assignment: Assignment) -> RetrainProfile | None:
+        step = assignment.retrain
+        if step is None:
+            return None
+        profiles = self.streams[assignment.stream_id].retrain
+        return next((p for p in profiles if p.retrain_id == step.retrain_id), None)
+
+    def labels(self, assignments: dict[str, Assignment]) -> None:
+        """The golden model is not asked for more than its budget (rule 9)."""
+        budget_s = self.problem.label_budget_s
+        if budget_s is None:
+            return
+        chosen = [
+            profile
+            for assignment in assignments.values()
+            for profile in (self._retrain_profile(assignment), self._cloud_profile(assignment))
+            if profile is not None
+        ]
+        total_s = math.fsum(profile.label_seconds for profile in chosen)
+        if total_s > budget_s + max(SECONDS_TOLERANCE, 1e-9 * budget_s):
+            text = f"the retrainings need {total_s:g} s of labelling, the budget is {budget_s:g} s"
+            self.report("labels", "plan", text)
+
+    def retrain_times(
+        self, assignments: dict[str, Assignment], cloud: dict[str, tuple[float, float]]
+    ) -> dict[str, tuple[float, float]]:
+        """(start, end) of the retrainings, ``cloud`` included, inf for those that never start (rules 2 and 4)."""
         lengths = {sid: self._retrain_length(sid, a) for sid, a in assignments.items() if a.retrain is not None}
         waits: dict[str, set[str]] = {}
         for stream_id in lengths:
             step = assignments[stream_id].retrain
             waits[stream_id] = set(step.after) if step is not None else set()
         starts = dict.fromkeys(lengths, 0.0)
+        for stream_id, names in waits.items():
+            for name in names & cloud.keys():
+                starts[stream_id] = max(starts[stream_id], cloud[name][1])
+            names.difference_update(cloud)
         blocks: dict[str, list[str]] = {}
         for stream_id, names in waits.items():
             for name in names:
                 blocks.setdefault(name, []).append(stream_id)
-        times: dict[str, tuple[float, float]] = {}
+        times = dict(cloud)
         ready = [stream_id for stream_id, names in waits.items() if not names]
         while ready:
             stream_id = ready.pop()
@@ -134,7 +201,7 @@ class _Judging:
         step = assignment.retrain
         if step is None:
             return math.inf
-        profile = next((p for p in self.streams[stream_id].retrain if p.retrain_id == step.retrain_id), None)
+        profile = self._retrain_profile(assignment)
         if profile is None:
             text = f"stream {stream_id!r} has no retraining configuration {step.retrain_id!r}"
             self.report("unknown_retrain", stream_id, text)
@@ -166,21 +233,24 @@ class _Judging:
     def stream(self, assignment: Assignment, times: dict[str, tuple[float, float]]) -> StreamVerdict:
         """Simulate one stream: when its steps start, what it occupies, and its accuracy over the window."""
         stream = self.streams[assignment.stream_id]
-        window_s = self.window_s
+        window_s, own_s = self.window_s, own_window_s(stream, self.window_s)
         retrain_start_s, retrain_end_s = times.get(stream.stream_id, (math.inf, math.inf))
         after_accuracy, swap_bytes = stream.accuracy_now, 0
-        step = assignment.retrain
-        if step is not None:
-            profile = next((p for p in stream.retrain if p.retrain_id == step.retrain_id), None)
-            if profile is not None:
-                after_accuracy, swap_bytes = profile.accuracy_after, profile.swap_bytes
-                quanta = quanta_of(step.share, self.quantum)
-                if step.gpu_id in self.uses:
-                    granted = math.ceil(step.share / self.quantum) if quanta is None else quanta
-                    self.occupy(step.gpu_id, retrain_start_s, retrain_end_s, granted, profile.memory_bytes)
+        step, in_cloud = assignment.retrain, self._cloud_profile(assignment)
+        if in_cloud is not None:
+            after_accuracy, swap_bytes = in_cloud.accuracy_after, in_cloud.swap_bytes
+        profile = self._retrain_profile(assignment)
+        if step is not None and profile is not None:
+            after_accuracy, swap_bytes = profile.accuracy_after, profile.swap_bytes
+            quanta = quanta_of(step.share, self.quantum)
+            if step.gpu_id in self.uses:
+                granted = math.ceil(step.share / self.quantum) if quanta is None else quanta
+                self.occupy(step.gpu_id, retrain_start_s, retrain_end_s, granted, profile.memory_bytes)
+        if retrain_end_s >= own_s:
+            after_accuracy = stream.accuracy_now
 
         starts = self._step_starts(assignment, times)
-        integral, least, unserved_until_s = 0.0, math.inf, 0.0
+        integral, least, unserved_until_s, latency_s = 0.0, math.inf, 0.0, 0.0
         held_gpu, held_inference = stream.serving_gpu, stream.serving_inference
         inference = {p.inference_id: p for p in stream.inference}
         for index, serving in enumerate(assignment.inference):
@@ -203,6 +273,7 @@ class _Judging:
                 self.report("share_too_small", stream.stream_id, text)
             if start_s >= end_s:
                 continue
+            latency_s = max(latency_s, chosen.latency_s)
             self.occupy(serving.gpu_id, start_s, end_s, granted_quanta, chosen.memory_bytes)
             if swap_bytes:
                 self.occupy(serving.gpu_id, start_s, min(end_s, retrain_end_s), 0, swap_bytes)
@@ -218,17 +289,20 @@ class _Judging:
             ):
                 if from_s < to_s:
                     least = min(least, accuracy * chosen.relative_accuracy)
-                    served_s = max(0.0, to_s - max(from_s, unserved_until_s))
+                    served_s = max(0.0, min(to_s, own_s) - max(from_s, unserved_until_s))
                     integral += accuracy * chosen.relative_accuracy * served_s
         least = 0.0 if math.isinf(least) else least
         self._check_floor(stream, least)
+        self._check_latency(stream, latency_s)
+        retrains = step is not None or assignment.cloud is not None
         return StreamVerdict(
             stream_id=stream.stream_id,
-            value=integral / window_s,
+            value=integral / own_s,
             min_accuracy=least,
-            retrain_start_s=None if step is None else retrain_start_s,
-            retrain_end_s=None if step is None else retrain_end_s,
+            retrain_start_s=retrain_start_s if retrains else None,
+            retrain_end_s=retrain_end_s if retrains else None,
             step_starts_s=tuple(starts),
+            max_latency_s=latency_s,
         )
 
     def _step_starts(self, assignment: Assignment, times: dict[str, tuple[float, float]]) -> list[float]:
@@ -254,6 +328,14 @@ class _Judging:
         if least < floor - ACCURACY_TOLERANCE:
             text = f"accuracy of {stream.stream_id!r} falls to {least:.4f}, {floor:.4f} is attainable and asked for"
             self.report("floor", stream.stream_id, text)
+
+    def _check_latency(self, stream: StreamProfile, latency_s: float) -> None:
+        if stream.max_latency_s is None or latency_s <= stream.max_latency_s + SECONDS_TOLERANCE:
+            return
+        asked_s = asked_latency_s(stream, self._classes, self.quantum)
+        if latency_s > asked_s + SECONDS_TOLERANCE:
+            text = f"results of {stream.stream_id!r} take {latency_s:g} s, {asked_s:g} s is attainable and asked for"
+            self.report("latency", stream.stream_id, text)
 
     def gpu(self, use: _Use) -> GpuVerdict:
         """Sweep one GPU over time; at equal times what ends goes before what starts."""
@@ -292,9 +374,20 @@ def _releases_first(changes: list[tuple[float, int, int]]) -> Iterable[tuple[flo
 
 def attainable_floor(stream: StreamProfile, gpus: Iterable[GpuSpec], quantum: float) -> float:
     """The highest instantaneous accuracy that ``stream`` could have all window long: a(v,0) * best usable q."""
-    gpus = tuple(gpus)
-    usable = (p.relative_accuracy for p in stream.inference if any(fits(p, gpu, quantum) for gpu in gpus))
-    return stream.accuracy_now * max(usable, default=0.0)
+    return stream.accuracy_now * _best_usable_q(stream, tuple(gpus), quantum)
+
+
+def _best_usable_q(stream: StreamProfile, gpus: tuple[GpuSpec, ...], quantum: float) -> float:
+    """Relative accuracy of the best configuration that fits on some GPU and keeps what is asked of the latency."""
+    latency_s = asked_latency_s(stream, gpus, quantum) + SECONDS_TOLERANCE
+    return max(
+        (
+            p.relative_accuracy
+            for p in stream.inference
+            if p.latency_s <= latency_s and any(fits(p, gpu, quantum) for gpu in gpus)
+        ),
+        default=0.0,
+    )
 
 
 def judge(problem: Problem, plan: Plan) -> Verdict:
@@ -304,7 +397,8 @@ def judge(problem: Problem, plan: Plan) -> Verdict:
     """
     judging = _Judging(problem)
     assignments = judging.by_stream(plan)
-    times = judging.retrain_times(assignments)
+    judging.labels(assignments)
+    times = judging.retrain_times(assignments, judging.cloud_times(assignments))
     streams: list[StreamVerdict] = []
     total = weights = 0.0
     for stream in problem.streams:
@@ -346,7 +440,14 @@ def stamped(problem: Problem, plan: Plan) -> Plan:
                 planned_start_s=_finite(verdict.retrain_start_s, problem.window_s),
                 planned_end_s=_finite(verdict.retrain_end_s, problem.window_s),
             )
-        assignments.append(msgspec.structs.replace(assignment, inference=steps, retrain=retrain))
+        cloud = assignment.cloud
+        if cloud is not None and verdict.retrain_start_s is not None and verdict.retrain_end_s is not None:
+            cloud = msgspec.structs.replace(
+                cloud,
+                planned_start_s=_finite(verdict.retrain_start_s, problem.window_s),
+                planned_end_s=_finite(verdict.retrain_end_s, problem.window_s),
+            )
+        assignments.append(msgspec.structs.replace(assignment, inference=steps, retrain=retrain, cloud=cloud))
     return msgspec.structs.replace(plan, assignments=tuple(assignments))
 
 
@@ -358,16 +459,26 @@ def upper_bound_trivial(problem: Problem) -> float:
     """A bound on the value of every plan: each stream alone, retrained as fast as can be, served at its best."""
     quantum = problem.share_quantum
     gpus = [gpu for gpu, _ in gpu_classes(problem)]
+    links = {link.link_id: link for link in problem.links}
     total = weights = 0.0
     for stream in problem.streams:
-        usable = [p.relative_accuracy for p in stream.inference if any(fits(p, gpu, quantum) for gpu in gpus)]
-        best_q = max(usable, default=0.0)
-        best = stream.accuracy_now
-        for profile in stream.retrain:
-            places = gpus if profile.pinned_gpu is None else [g for g in problem.gpus if g.gpu_id == profile.pinned_gpu]
-            seconds = min((fastest_retrain_seconds(profile, gpu, quantum) for gpu in places), default=problem.window_s)
-            left = max(0.0, 1.0 - seconds / problem.window_s)
-            best = max(best, stream.accuracy_now * (1.0 - left) + profile.accuracy_after * left)
+        # Where the limits cannot all be kept at once a plan may break them, so that they bound nothing here.
+        best_q = _best_usable_q(msgspec.structs.replace(stream, max_latency_s=None), tuple(gpus), quantum)
+        best, window_s = stream.accuracy_now, own_window_s(stream, problem.window_s)
+        ends = [(p.accuracy_after, _fastest_end(problem, gpus, p)) for p in stream.retrain]
+        ends += [
+            (p.accuracy_after, transfer_times(links[p.link_id], [p])[0][1]) for p in stream.cloud if p.link_id in links
+        ]
+        for accuracy_after, end_s in ends:
+            left = max(0.0, 1.0 - end_s / window_s)
+            best = max(best, stream.accuracy_now * (1.0 - left) + accuracy_after * left)
         total += stream.weight * best * best_q
         weights += stream.weight
     return total / weights
+
+
+def _fastest_end(problem: Problem, gpus: list[GpuSpec], profile: RetrainProfile) -> float:
+    """Seconds until a retraining is over at the earliest, with a GPU for itself."""
+    places = gpus if profile.pinned_gpu is None else [g for g in problem.gpus if g.gpu_id == profile.pinned_gpu]
+    quantum = problem.share_quantum
+    return min((fastest_retrain_seconds(profile, gpu, quantum) for gpu in places), default=problem.window_s)

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 
 import msgspec
 import numpy as np
 
+from optimizer.checks import check_problem, parse_problem
 from protocol.errors import InputError
 from protocol.plan import InferenceProfile, Problem, RetrainProfile, StreamProfile
 from protocol.schema import GpuSpec, InferenceConfig, RetrainConfig
+
+__all__ = ["check_problem", "load_problem", "parse_size", "random_problem", "save_problem"]
 
 EPOCHS = (5, 15, 30)
 FRAME_INTERVALS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20)
@@ -96,12 +97,7 @@ def load_problem(path: str | Path) -> Problem:
         content = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    try:
-        problem = msgspec.json.decode(content, type=Problem, strict=True)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
-        raise InputError(f"{path}: not a problem file: {error}") from error
-    check_problem(problem, str(path))
-    return problem
+    return parse_problem(content, str(path))
 
 
 def save_problem(problem: Problem, path: str | Path) -> None:
@@ -110,42 +106,3 @@ def save_problem(problem: Problem, path: str | Path) -> None:
         Path(path).write_bytes(msgspec.json.format(msgspec.json.encode(problem), indent=1) + b"\n")
     except OSError as error:
         raise InputError(f"{path}: cannot be written: {error.strerror}") from error
-
-
-def check_problem(problem: Problem, where: str = "problem") -> None:
-    """Refuse what the types cannot: doubled ids, unknown references, numbers that are none (InputError)."""
-    _check_numbers(msgspec.to_builtins(problem), where)
-    gpu_ids = [gpu.gpu_id for gpu in problem.gpus]
-    _check_unique(gpu_ids, f"{where}: gpus: gpu_id")
-    _check_unique((stream.stream_id for stream in problem.streams), f"{where}: streams: stream_id")
-    for gpu in problem.gpus:
-        shares = [share for share, _ in gpu.share_efficiency]
-        if shares != sorted(set(shares)) or any(not 0.0 < share <= 1.0 for share in shares):
-            raise InputError(f"{where}: gpus[{gpu.gpu_id}].share_efficiency: shares must ascend within (0, 1]")
-        if any(not efficiency > 0.0 for _, efficiency in gpu.share_efficiency):
-            raise InputError(f"{where}: gpus[{gpu.gpu_id}].share_efficiency: throughput must be above 0")
-    for stream in problem.streams:
-        field = f"{where}: streams[{stream.stream_id}]"
-        _check_unique((p.inference_id for p in stream.inference), f"{field}.inference: inference_id")
-        _check_unique((p.retrain_id for p in stream.retrain), f"{field}.retrain: retrain_id")
-        for profile in stream.retrain:
-            if profile.pinned_gpu is not None and profile.pinned_gpu not in gpu_ids:
-                named = f"{field}.retrain[{profile.retrain_id}].pinned_gpu"
-                raise InputError(f"{named}: there is no GPU {profile.pinned_gpu!r}; GPUs are {', '.join(gpu_ids)}")
-
-
-def _check_unique(names: Iterable[str], where: str) -> None:
-    doubled = [name for name, count in Counter(names).items() if count > 1]
-    if doubled:
-        raise InputError(f"{where} {doubled[0]!r} appears more than once; ids must be unique")
-
-
-def _check_numbers(node: object, where: str) -> None:
-    if isinstance(node, float) and not math.isfinite(node):
-        raise InputError(f"{where}: {node} is not a finite number")
-    if isinstance(node, dict):
-        for key, child in node.items():
-            _check_numbers(child, f"{where}.{key}")
-    elif isinstance(node, list | tuple):
-        for index, child in enumerate(node):
-            _check_numbers(child, f"{where}[{index}]")

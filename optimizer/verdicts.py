@@ -22,7 +22,11 @@ ViolationKind = Literal[
     "pinned_gpu",
     "capacity",
     "memory",
+    "two_retrainings",
+    "link_order",
+    "labels",
     "floor",
+    "latency",
 ]
 
 
@@ -38,6 +42,7 @@ class StreamVerdict(Record, frozen=True, kw_only=True):
     """One stream under the plan. ``value``: its window average; ``min_accuracy``: its least a * q.
 
     ``step_starts_s``: when each inference step starts (inf = never). ``retrain_end_s`` may lie beyond the window.
+    ``max_latency_s``: the largest latency that it is served with.
     """
 
     stream_id: str
@@ -46,6 +51,7 @@ class StreamVerdict(Record, frozen=True, kw_only=True):
     retrain_start_s: float | None = None
     retrain_end_s: float | None = None
     step_starts_s: tuple[float, ...] = ()
+    max_latency_s: float = 0.0
 
 
 class GpuVerdict(Record, frozen=True, kw_only=True):
@@ -67,8 +73,8 @@ class Verdict(Record, frozen=True, kw_only=True):
 
     @property
     def only_floors_broken(self) -> bool:
-        """True when the plan can be executed as it is and merely serves some stream below its floor."""
-        return all(violation.kind == "floor" for violation in self.violations)
+        """True when the plan can be executed and merely serves some stream below its floor or above its latency."""
+        return all(violation.kind in ("floor", "latency") for violation in self.violations)
 
     @property
     def rank(self) -> tuple[int, int, float]:

@@ -248,6 +248,14 @@ class GpuSpec(Record, frozen=True, kw_only=True):
     share_efficiency: tuple[tuple[float, float], ...] = ()
 
 
+class LinkSpec(Record, frozen=True, kw_only=True):
+    """A link of the site to a cloud that retrains: bandwidth of each direction, in bytes per second."""
+
+    link_id: Name
+    up_bytes_per_s: Annotated[float, msgspec.Meta(gt=0.0)]
+    down_bytes_per_s: Annotated[float, msgspec.Meta(gt=0.0)]
+
+
 # ---------------------------------------------------------------- stored things
 
 
