@@ -159,10 +159,7 @@ MADE_IN_CODE = [
     (with_stream(stream_id=""), "stream_id"),
     (with_stream(serving_gpu="gone"), "streams[s1].serving_gpu"),
     (msgspec.structs.replace(with_stream(), gpus=()), "gpus"),
-    (
-        msgspec.structs.replace(with_stream(), links=(LinkSpec(link_id="w", up_bytes_per_s=-1, down_bytes_per_s=1),)),
-        "w",
-    ),
+    (msgspec.structs.replace(with_stream(), links=(BAD_LINK,)), "links[w].up_bytes_per_s"),
     (with_stream(cloud=(msgspec.convert(CLOUD, CloudProfile),)), "streams[s1].cloud[c].link_id"),
 ]
 
