@@ -1,9 +1,9 @@
 """A plan by the deadline, whatever happens to the solver.
 
-Incumbents are made at once (the last plan repaired, fair shares, the thief) while an exact policy
-works in a warm child process. When it answers, fails, or the deadline comes, the best plan *by the
-judge* is handed out, and its ``SolveReport`` says which method made it and why no better one did. A
-child that is late is killed, and a fresh one warms up for the next question.
+Incumbents are made at once, the quickest first (the last plan repaired or everything served as cheaply as can be,
+fair shares, the thief), while an exact policy works in a warm child process. When it answers, fails, or the deadline
+comes, the best plan *by the judge* is handed out, and its ``SolveReport`` says which method made it and why no better
+one did. A child that is late is killed; a spare one, started in a quiet moment, takes over for the next question.
 """
 
 from __future__ import annotations
@@ -20,15 +20,25 @@ from optimizer.policies.registry import PolicyEntry, get_policy, policy_entry
 from optimizer.policies.thief import thief
 from optimizer.problems import check_problem
 from optimizer.solver_child import Answer
+from optimizer.solver_pool import SolverPool
 from optimizer.solver_process import ChildLostError, SolverProcess, child_command
 from protocol.errors import InputError, PlanError, ProtocolError
 from protocol.plan import Plan, Problem, SolveReport, SolveStatus
 
 INCUMBENT_BUDGET_S = 0.05
-ANSWER_MARGIN_S = 0.03  # of the deadline, kept for the way back and for judging
-QUICK_DEATH_S = 5.0  # a child that ends sooner than this counts as unable to start
-MAX_RESTART_WAIT_S = 60.0
+EPITAPH_S = 0.2
 _VALUE_TOLERANCE = 1e-6
+# Of the deadline, kept for the way back and for judging: seconds, and seconds per stream.
+_ANSWER_MARGIN_S = (0.03, 6e-5)
+_JUDGING_S = (0.005, 3e-5)
+# Seconds per stream that an incumbent takes on a quiet machine, and seconds of any besides. What the first one took
+# beyond that tells how busy the machine is.
+_PACE_S = {"last plan repaired": 8e-5, "cheapest": 6e-5, "fair": 4e-4, "thief": 8e-4}
+_LEAST_S = 2e-3
+_CAUTION = 1.5  # incumbents are begun if so many times their usual time is left
+# More steps than any plan of ours has; judging a plan takes time in proportion to them.
+_MOST_STEPS = (1000, 64)
+_MOST_DETAIL = 2000  # characters of a report
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +82,16 @@ class Planner:
         self.policy_name, self.deadline_s = policy_name, deadline_s
         self._entry: PolicyEntry = policy_entry(policy_name)
         self._clock = clock
-        self._command = list(command) if command is not None else child_command(policy_name)
-        self._child: SolverProcess | None = None
-        self._child_started_s = 0.0
-        self._quick_deaths = 0
-        self._restart_s = clock()
+        if self._entry.solver:
+            self._pool = SolverPool(command or child_command(policy_name), clock)
+        else:
+            self._pool = SolverPool(None, clock)
         self._question: _Question | None = None
-        self._closed = False
-        self._ensure_child()
+        self._pool.ensure()
+
+    @property
+    def _child(self) -> SolverProcess | None:
+        return self._pool.child
 
     # ------------------------------------------------------------ for a poll loop
 
@@ -90,9 +102,18 @@ class Planner:
     def fileno(self) -> int:
         """A descriptor that is readable when ``poll`` has something to do; -1 when there is none.
 
-        Polling about ten times a second besides is needed for the deadline. It changes when the child is replaced.
+        It changes when the child is replaced. The deadline needs ``patience_s`` besides.
         """
         return -1 if self._child is None else self._child.fileno()
+
+    def patience_s(self, now: float, most_s: float) -> float:
+        """How long a poll loop may sleep before it calls ``poll`` again, at most ``most_s`` seconds."""
+        question = self._question
+        if question is None:
+            return most_s
+        if not question.asked or self._child is None:
+            return 0.0
+        return min(most_s, max(0.0, question.deadline_s - now))
 
     def poll(self, now: float) -> Plan | None:
         """The plan once it is decided, None before and after.
@@ -100,39 +121,38 @@ class Planner:
         Raises:
             PlanError: there is no plan that could be executed: the streams cannot all be served.
         """
-        self._ensure_child()
         question = self._question
         if question is None:
-            self._hear_idle_child()
+            self._pool.rest()
             return None
-        if not self._entry.solver:
-            return self._decide(question, None)
+        self._pool.bury()
         if self._child is None or not question.asked:
             return self._decide(question, None)
+        left_s = question.deadline_s - now
         try:
-            answer = self._child.listen()
+            answer = self._child.listen(min(EPITAPH_S, left_s))
         except ChildLostError as error:
             question.notes.append(f"{self.policy_name}: the solver process {error}")
-            self._lose_child()
-            return self._decide(question, None)
+            early = self._child.offer
+            self._pool.lose()
+            return self._decide(question, early)
         if answer is not None:
-            self._quick_deaths = 0
-            return self._decide(question, answer)
-        if now >= question.deadline_s:
+            self._pool.answered()
+            return self._decide(question, answer if answer.plan is not None else self._child.offer or answer)
+        if left_s <= 0.0:
             limit_s = question.deadline_s - question.started_s
             cause = "" if self._child.ready else " (it was still starting)"
+            early = self._child.offer
+            cause += "; it had a plan before it was done" if early is not None else ""
             question.notes.append(f"{self.policy_name}: no answer within {limit_s:g} s{cause}")
-            self._replace_child()
-            return self._decide(question, None)
+            self._pool.replace()
+            return self._decide(question, early)
         return None
 
     def close(self) -> None:
         """End the child. The planner cannot be used afterwards."""
         self._question = None
-        self._closed = True
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
+        self._pool.close()
 
     # ------------------------------------------------------------ blocking
 
@@ -151,8 +171,8 @@ class Planner:
         """Wait until the child can answer at full speed. False when it does not get there in time."""
         end_s = time.monotonic() + timeout_s
         while self._entry.solver and time.monotonic() < end_s:
-            self._ensure_child()
-            self._hear_idle_child()
+            self._pool.ensure()
+            self._pool.hear_idle()
             if self._child is not None:
                 if self._child.ready:
                     return True
@@ -171,76 +191,102 @@ class Planner:
 
     def _begin(self, problem: Problem, last_plan: Plan | None, budget_s: float) -> None:
         now = self._clock()
-        if self._question is not None and self._question.asked:
-            # The child is still busy with a problem that nobody asks about any more.
-            self._replace_child()
         question = _Question(problem, now, now + budget_s, [], [])
-        self._question = question
+        dropped, self._question = self._question, question
+        if dropped is not None and dropped.asked:
+            self._drop(dropped, question)
         try:
             check_problem(problem)
         except InputError as error:
             question.notes.append(str(error))
             return
-        self._ensure_child()
+        self._pool.ensure()
         self._ask(question)
-        question.incumbents = self._incumbents(question, last_plan)
+        self._make_incumbents(question, last_plan)
+
+    def _drop(self, old: _Question, new: _Question) -> None:
+        """The child is busy with a question that nobody asks about any more.
+
+        A warm spare takes over. Without one, a child that is due soon is waited for: a fresh one takes longer to start.
+        """
+        if self._pool.spare_is_warm or old.deadline_s > 0.5 * (new.started_s + new.deadline_s):
+            self._pool.replace()
 
     def _ask(self, question: _Question) -> None:
         if self._child is None:
             if self._entry.solver:
                 question.notes.append(f"{self.policy_name}: its solver process keeps dying; next try later")
             return
+        margin_s = _of(_ANSWER_MARGIN_S, question.problem)
         try:
-            self._child.ask(question.problem, question.deadline_s - self._clock() - ANSWER_MARGIN_S)
+            self._child.ask(question.problem, question.deadline_s - self._clock() - margin_s)
             question.asked = True
         except ProtocolError as error:
             question.notes.append(f"{self.policy_name}: the problem cannot be sent to it ({error})")
         except ChildLostError as error:
             question.notes.append(f"{self.policy_name}: the solver process {error}")
-            self._lose_child()
+            self._pool.lose()
 
-    def _incumbents(self, question: _Question, last_plan: Plan | None) -> list[Candidate]:
-        """Plans at hand. For a policy that is sent as it is, only that policy's own plan."""
+    def _make_incumbents(self, question: _Question, last_plan: Plan | None) -> None:
+        """Plans at hand, the quickest first. For a policy that is sent as it is, only that policy's own plan."""
         problem = question.problem
         if not self._entry.exact and not self._entry.solver:
             policy = get_policy(self.policy_name)
-            own = self._attempt(question, self.policy_name, lambda: policy(problem, self.deadline_s))
-            if own and own[0].verdict.only_floors_broken:
-                return own
-        found: list[Candidate] = []
+            left_s = question.deadline_s - self._clock() - _of(_JUDGING_S, problem)
+            self._attempt(question, self.policy_name, lambda: policy(problem, max(0.0, left_s)))
+            if question.incumbents and question.incumbents[0].verdict.only_floors_broken:
+                return
+        busy = 1.0
         if last_plan is not None:
-            found += self._attempt(question, "last plan", lambda: _still(problem, last_plan))
-            found += self._attempt(question, "last plan repaired", lambda: baselines.repaired(problem, last_plan))
-        found += self._attempt(question, "fair", lambda: baselines.fair(problem, INCUMBENT_BUDGET_S))
-        found += self._attempt(question, "thief", lambda: thief(problem, INCUMBENT_BUDGET_S))
-        return found
+            self._attempt(question, "last plan", lambda: _still(problem, last_plan))
+            busy = self._timed(question, "last plan repaired", lambda: baselines.repaired(problem, last_plan), busy)
+        if not any(candidate.verdict.only_floors_broken for candidate in question.incumbents):
+            busy = self._timed(question, "cheapest", lambda: baselines.cheapest(problem), busy)
+        busy = self._timed(question, "fair", lambda: baselines.fair(problem, INCUMBENT_BUDGET_S), busy)
+        self._timed(question, "thief", lambda: thief(problem, INCUMBENT_BUDGET_S), busy)
 
-    def _attempt(self, question: _Question, method: str, make: Callable[[], Plan]) -> list[Candidate]:
+    def _timed(self, question: _Question, method: str, make: Callable[[], Plan], busy: float) -> float:
+        """Try a method if it can be expected to end before the deadline. ``busy``: how many times longer than usual
+        things take just now; returns what it has become.
+        """
+        began_s = self._clock()
+        usual_s = _LEAST_S + _PACE_S[method] * len(question.problem.streams)
+        left_s = question.deadline_s - began_s - busy * _of(_JUDGING_S, question.problem)
+        if question.incumbents and _CAUTION * busy * usual_s > left_s:
+            question.notes.append(f"{method}: left out, too slow for the deadline")
+            return busy
+        self._attempt(question, method, make)
+        return max(1.0, (self._clock() - began_s) / usual_s)
+
+    def _attempt(self, question: _Question, method: str, make: Callable[[], Plan]) -> Candidate | None:
         try:
             plan = make()
-            return [Candidate(method, plan, judge(question.problem, plan))]
+            made = Candidate(method, plan, judge(question.problem, plan))
         except Exception as error:
             # A fault in one method must not cost the plans of the others.
             reason = str(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {error}"
-            question.notes.append(f"{method}: {reason}")
-            return []
+            question.notes.append(f"{method}: {reason[:_MOST_DETAIL]}")
+            return None
+        question.incumbents.append(made)
+        return made
 
     def _decide(self, question: _Question, answer: Answer | None) -> Plan:
         """Choose by the judge, write the report, and be ready for the next question."""
         self._question = None
-        candidates = list(question.incumbents)
         wanted: Candidate | None = None
         if answer is not None and answer.plan is not None:
-            wanted = Candidate(self.policy_name, answer.plan, judge(question.problem, answer.plan))
-            if wanted.verdict.only_floors_broken:
-                candidates.append(wanted)
+            plan = answer.plan
+            if _steps(plan) > _of(_MOST_STEPS, question.problem):
+                question.notes.append(f"{self.policy_name}: its plan has more steps than any plan can have")
             else:
+                wanted = self._attempt(question, self.policy_name, lambda: plan)
+            if wanted is not None and not wanted.verdict.only_floors_broken:
                 first = wanted.verdict.violations[0].text
-                question.notes.append(f"{self.policy_name}: its plan cannot be executed ({first})")
+                question.notes.append(f"{self.policy_name}: its plan cannot be executed ({first[:_MOST_DETAIL]})")
                 wanted = None
         elif answer is not None:
-            question.notes.append(f"{self.policy_name}: {answer.reason or 'no plan'}")
-        candidates = [candidate for candidate in candidates if candidate.verdict.only_floors_broken]
+            question.notes.append(f"{self.policy_name}: {answer.reason[:_MOST_DETAIL] or 'no plan'}")
+        candidates = [candidate for candidate in question.incumbents if candidate.verdict.only_floors_broken]
         if not candidates:
             raise PlanError("no plan can be executed; " + "; ".join(dict.fromkeys(question.notes)))
         # Among equals the policy that was asked for wins; it stands last.
@@ -278,48 +324,23 @@ class Planner:
             bound=bound,
             gap=gap,
             seconds=max(0.0, self._clock() - question.started_s),
-            detail="; ".join(notes),
+            detail="; ".join(notes)[: 4 * _MOST_DETAIL],
         )
 
-    # ------------------------------------------------------------ the child
 
-    def _ensure_child(self) -> None:
-        if self._closed or not self._entry.solver or self._child is not None or self._clock() < self._restart_s:
-            return
-        self._child_started_s = self._clock()
-        try:
-            self._child = SolverProcess(self._command)
-        except OSError:
-            self._wait_before_restart()
+def _of(amount: tuple[float, float], problem: Problem) -> float:
+    """(something, something per stream) for the streams of a problem."""
+    return amount[0] + amount[1] * len(problem.streams)
 
-    def _hear_idle_child(self) -> None:
-        """Notice that the child got warm, or that it died between two questions."""
-        if self._child is None:
-            return
-        try:
-            self._child.listen()
-        except ChildLostError:
-            self._lose_child()
 
-    def _replace_child(self) -> None:
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
-        self._ensure_child()
-
-    def _lose_child(self) -> None:
-        """The child ended by itself: clear it away; start another, later and later if it never lives long."""
-        if self._child is not None:
-            self._child.kill()
-            self._child = None
-        if self._clock() - self._child_started_s < QUICK_DEATH_S:
-            self._wait_before_restart()
-        self._ensure_child()
-
-    def _wait_before_restart(self) -> None:
-        self._quick_deaths += 1
-        if self._quick_deaths > 1:
-            self._restart_s = self._clock() + min(MAX_RESTART_WAIT_S, 0.25 * 2.0**self._quick_deaths)
+def _steps(plan: Plan) -> int:
+    """How much there is to judge in a plan."""
+    return sum(
+        1
+        + sum(1 + len(step.after) for step in assignment.inference)
+        + (len(assignment.retrain.after) if assignment.retrain is not None else 0)
+        for assignment in plan.assignments
+    )
 
 
 def _still(problem: Problem, last_plan: Plan) -> Plan:

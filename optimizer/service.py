@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import time
@@ -140,7 +141,8 @@ class Service:
                     planner_fd = self._planner.fileno()
                     if planner_fd >= 0:
                         poller.register(planner_fd, zmq.POLLIN)
-                poller.poll(_TICK_MS)
+                patience_s = self._planner.patience_s(time.monotonic(), _TICK_MS / 1000.0)
+                poller.poll(math.ceil(1000.0 * patience_s))
                 self._pass()
                 if each_pass is not None:
                     each_pass()
@@ -256,8 +258,9 @@ class Service:
                 case Solve(token=token, problem=problem, window=window, phase=phase):
                     self._token, self._phase = token, phase
                     self._solved_count += 1
-                    self._folder.save_problem(problem, window, self._solved_count, phase)
                     self._planner.start(problem, self.coordinator.state.plan)
+                    # The solver is at work while the file is written.
+                    self._folder.save_problem(problem, window, self._solved_count, phase)
                 case Finish():
                     self._exit = output
                 case Save():

@@ -8,6 +8,7 @@ plan, static ones included (docs/timeline.md), so that it is the one to report.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -23,8 +24,8 @@ _TIMELINE_PART = 0.7
 _MANY_STREAMS = 300
 
 
-def timeline_or_static(problem: Problem, budget_s: float) -> Plan:
-    """The better one of the time-indexed and the static plan.
+def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan], None] | None = None) -> Plan:
+    """The better one of the time-indexed and the static plan. ``offer`` is handed the first one early.
 
     Raises:
         PlanError: neither has a plan.
@@ -38,6 +39,8 @@ def timeline_or_static(problem: Problem, budget_s: float) -> Plan:
             break
         try:
             plans.append(policy(problem, left))
+            if offer is not None and policy is timeline and len(problem.streams) <= _MANY_STREAMS:
+                offer(plans[0])  # the static MILP may overrun what is left, and is killed then
         except PlanError as error:
             reasons.append(str(error))
     if not plans:

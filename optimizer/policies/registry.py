@@ -16,17 +16,19 @@ Policy = Callable[[Problem, float], Plan]
 @dataclass(frozen=True, slots=True)
 class PolicyEntry:
     """Where a policy is found. ``exact``: it strives for the best plan, so that any better plan at hand may be
-    sent instead of its own; the others are sent as they are. ``solver``: it loads a solver and runs in a child."""
+    sent instead of its own; the others are sent as they are. ``solver``: it loads a solver and runs in a child.
+    ``offers``: takes a third argument, a function that it hands plans to before it is done."""
 
     module: str
     function: str
     exact: bool = False
     solver: bool = False
+    offers: bool = False
 
 
 POLICIES: dict[str, PolicyEntry] = {
     "milp": PolicyEntry("optimizer.policies.milp", "milp", exact=True, solver=True),
-    "timeline": PolicyEntry("optimizer.policies.ladder", "timeline_or_static", exact=True, solver=True),
+    "timeline": PolicyEntry("optimizer.policies.ladder", "timeline_or_static", exact=True, solver=True, offers=True),
     "thief": PolicyEntry("optimizer.policies.thief", "thief"),
     "thief:one-pass": PolicyEntry("optimizer.policies.thief", "thief_one_pass"),
     "thief:fixed-config": PolicyEntry("optimizer.policies.baselines", "thief_fixed_config"),

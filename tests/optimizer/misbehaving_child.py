@@ -14,8 +14,7 @@ import time
 import msgspec
 
 from optimizer.policies.baselines import cheapest, fair
-from optimizer.solver_child import Answer, Question, frame, take_frame
-from protocol.codec import decode
+from optimizer.solver_child import Answer, frame, take_question
 from protocol.plan import Plan
 
 
@@ -28,8 +27,7 @@ def main(how: str) -> None:
     buffer = bytearray()
     while chunk := link.recv(1 << 20):
         buffer += chunk
-        while (data := take_frame(buffer)) is not None:
-            question = decode(data, Question, max_bytes=1 << 26)
+        while (question := take_question(buffer)) is not None:
             plan: Plan = cheapest(question.problem)
             if how in ("hang", "mute"):
                 time.sleep(3600.0)

@@ -63,7 +63,7 @@ def test_a_good_file_loads_with_defaults_and_absolute_paths(tmp_path: Path) -> N
     source = site.streams[1].source
     assert isinstance(source, RecordedSource)
     assert source.clips[0].video == str(tmp_path / "clips" / "a.mp4")
-    assert site.policy == "milp"
+    assert site.policy == "timeline"
 
 
 @pytest.mark.parametrize(
