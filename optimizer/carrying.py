@@ -122,4 +122,5 @@ class Carrier:
             since_s=now,
             share=wish.share,
             accuracy_predicted=wish.accuracy_after,
+            started_s=now,
         )

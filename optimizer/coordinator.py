@@ -14,6 +14,7 @@ from typing import Literal
 
 import msgspec
 
+from optimizer import questions
 from optimizer.asking import WINDOW_PHASES, Asker
 from optimizer.carrying import Carrier
 from optimizer.closing import Closer
@@ -92,6 +93,7 @@ class Coordinator:
                 self._asker.solved(event, now)
             case Measured(event=measured):
                 self._closer.measured(measured)
+                self._profiler.measured(measured)
                 return []
             case Tick():
                 pass
@@ -128,9 +130,11 @@ class Coordinator:
             incarnation=hello.incarnation,
             gpu=hello.gpu,
             backend=hello.share_backend,
+            device=hello.device,
             applied=hello.held,
             workers=hello.workers,
         )
+        self._learn_shares(self.executors[executor_id])
         self._dispatcher.forget(executor_id)
         change: Literal["joined", "rejoined"] = "rejoined" if again else "joined"
         if not again:
@@ -145,6 +149,13 @@ class Coordinator:
         )
         if not self._adopting and not again and self.state.phase in WINDOW_PHASES:
             self._asker.want(f"executor {executor_id} joined")
+
+    def _learn_shares(self, executor: ExecutorState) -> None:
+        """What is known of the throughput at partial shares goes into the planning problem; not in mid-retraining."""
+        points = self._profiler.share_efficiency(questions.device_kind(executor))
+        busy = any(s.running and s.running.executor_id == executor.executor_id for s in self.state.streams.values())
+        if points and not busy:
+            executor.gpu = msgspec.structs.replace(executor.gpu, share_efficiency=points)
 
     def _gone(self, event: ExecutorGone) -> None:
         executor = self.executors.pop(event.executor_id, None)
@@ -214,13 +225,13 @@ class Coordinator:
             case m.TrialsDone(job_id=job_id, result=trials):
                 self._emit.add(*self._pipeline.tried(job_id, trials))
             case m.RetrainDone():
-                self._retrained(message)
+                self._retrained(message, now)
             case m.JobFailed():
                 self._failed(message)
             case _:
                 pass
 
-    def _retrained(self, message: m.RetrainDone) -> None:
+    def _retrained(self, message: m.RetrainDone, now: float) -> None:
         result = message.result
         stream = self.state.streams.get(result.stream_id)
         if stream is None or self._pipeline.bootstrapped(message.job_id, result):
@@ -240,7 +251,12 @@ class Coordinator:
             self._settle(stream)
             self._asker.want(f"retraining of {result.stream_id} ended")
             self._profiler.retrained(
-                self._specs[result.stream_id], result, running.accuracy_predicted, running.work_s, promoted
+                self._specs[result.stream_id],
+                result,
+                running.accuracy_predicted,
+                running.work_s,
+                promoted,
+                run=questions.how_it_ran(running, self.executors.get(running.executor_id), now),
             )
         self._emit.publish(
             RetrainFinished(
@@ -318,6 +334,8 @@ class Coordinator:
             stream.running, stream.settled, stream.swapped, stream.retrain_id = None, False, False, ""
             stream.shortfall = self._closer.shortfall(stream, window - 1)
             stream.predicted = None
+        for executor in self.executors.values():
+            self._learn_shares(executor)
         self._emit.publish(
             WindowOpened(
                 window=window,

@@ -16,6 +16,7 @@ from protocol.schema import (
     Record,
     RetrainConfig,
     RetrainResult,
+    RetrainRun,
     StreamSpec,
     TrialResult,
 )
@@ -112,11 +113,44 @@ class TrialWish(Protocol):
     def num_frames(self) -> int: ...
 
 
+class GateEvidence(Protocol):
+    """A decision about a retrained model (gate, shadow, canary, roll-back) and what it rests on."""
+
+    @property
+    def stream_id(self) -> str: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def stage(self) -> str: ...
+    @property
+    def decision(self) -> str: ...
+    @property
+    def retrain_id(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def confidence(self) -> float | None: ...
+    @property
+    def reason(self) -> str: ...
+
+
 class ProfilerPort(Protocol):
     """The micro-profiler as the coordinator sees it. Calls return at once."""
 
-    def choose(self, spec: StreamSpec, window: int, dataset: DatasetRef) -> TrialWish:
-        """Which trials to run for a stream in this window."""
+    def choose(
+        self,
+        spec: StreamSpec,
+        window: int,
+        dataset: DatasetRef,
+        *,
+        drift: float | None = None,
+        price: float | None = None,
+    ) -> TrialWish:
+        """Which trials to run for a stream in this window.
+
+        ``drift``: how much the stream has changed since its last window, 0 (not) to 1, None = not known. ``price``:
+        accuracy-seconds of the site that a GPU-second is worth elsewhere (dual of the last plan), None = not known.
+        """
         ...
 
     def estimate(self, spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:
@@ -124,9 +158,27 @@ class ProfilerPort(Protocol):
         ...
 
     def retrained(
-        self, spec: StreamSpec, result: RetrainResult, predicted: float, predicted_s: float, promoted: bool
+        self,
+        spec: StreamSpec,
+        result: RetrainResult,
+        predicted: float,
+        predicted_s: float,
+        promoted: bool,
+        run: RetrainRun | None = None,
     ) -> None:
-        """A retraining ended; remember predicted and realised."""
+        """A retraining ended; remember predicted and realised. ``run`` None: only its busy time is known."""
+        ...
+
+    def record_gate(self, decision: GateEvidence) -> None:
+        """Something was decided about a retrained model; remember it with its evidence (a frozen struct)."""
+        ...
+
+    def share_efficiency(self, device: str) -> tuple[tuple[float, float], ...]:
+        """Points (share, throughput over that of share 1) of a kind of device; empty = linear, or not known."""
+        ...
+
+    def measured(self, event: StreamAccuracy) -> None:
+        """Accuracy measured while serving."""
         ...
 
     def window_closed(self, stream_id: str, window: int, predicted: float | None, realised: float | None) -> None:

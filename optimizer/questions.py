@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -10,8 +11,9 @@ from optimizer.config import SiteConfig
 from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency
 from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
 from protocol.plan import Problem, RetrainProfile, StreamProfile
-from protocol.schema import GpuSpec, StreamSpec
+from protocol.schema import GpuSpec, RetrainRun, StreamSpec
 
+_NUMBER = re.compile(r":\d+")
 # What is left of a retraining that has used up its estimate: it cannot be known, but it is not nothing.
 _LEAST_LEFT = 0.05
 
@@ -25,6 +27,25 @@ def work_done(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
 def work_left(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
     """GPU-seconds that are still ahead of a running retraining, never less than a twentieth of all."""
     return max(running.work_s - work_done(running, gpu, now), running.work_s * _LEAST_LEFT)
+
+
+def device_kind(executor: ExecutorState) -> str:
+    """What devices like this executor's are called where measurements of one hold for the others."""
+    return f"{_NUMBER.sub('', executor.device)}/{executor.backend}"
+
+
+def how_it_ran(running: RunningRetrain, executor: ExecutorState | None, now: float) -> RetrainRun | None:
+    """How a retraining that has just ended ran; None when its executor is gone or its start was not seen."""
+    if executor is None or running.started_s is None:
+        return None
+    never_resized = running.since_s == running.started_s
+    return RetrainRun(
+        executor_id=running.executor_id,
+        device=device_kind(executor),
+        share=running.share if never_resized else None,
+        elapsed_s=max(0.0, now - running.started_s),
+        work_s=work_done(running, executor.gpu, now),
+    )
 
 
 def make_problem(

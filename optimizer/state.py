@@ -19,13 +19,14 @@ PipelineJob = LabelJob | TrialJob | RetrainJob
 
 
 class ExecutorState(msgspec.Struct, kw_only=True):
-    """One joined executor. ``sent`` is the newest plan sent to it, ``applied`` the newest it acknowledged,
-    ``refused_s`` when it last refused one."""
+    """One joined executor. ``device``: as the executor names it. ``sent`` is the newest plan sent to it,
+    ``applied`` the newest it acknowledged, ``refused_s`` when it last refused one."""
 
     executor_id: str
     incarnation: str
     gpu: GpuSpec
     backend: str
+    device: str = ""
     sent: PlanVersion | None = None
     sent_s: float = 0.0
     applied: PlanVersion | None = None
@@ -35,7 +36,7 @@ class ExecutorState(msgspec.Struct, kw_only=True):
 
 class RunningRetrain(msgspec.Struct, kw_only=True):
     """A retraining that was started. ``work_s``: GPU-seconds expected when it started; ``done_s`` of them
-    were done by ``since_s`` (site clock), from when on it runs at ``share``."""
+    were done by ``since_s`` (site clock), from when on it runs at ``share``; ``started_s``: when it was commanded."""
 
     job: RetrainJob
     executor_id: str
@@ -45,6 +46,7 @@ class RunningRetrain(msgspec.Struct, kw_only=True):
     since_s: float
     share: float
     accuracy_predicted: float
+    started_s: float | None = None
 
 
 class Leaving(msgspec.Struct, frozen=True, kw_only=True):

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 
 from optimizer.config import BootstrapConfig, GateConfig, ProfilingConfig, SiteConfig
+from optimizer.ports import GateEvidence
 from optimizer.traces import DrawnStream, InferenceTable, Trace, TracedRetraining, TracedWindow
 from protocol import messages as m
+from protocol.events import StreamAccuracy
 from protocol.plan import InferenceProfile, RetrainProfile, StreamProfile
 from protocol.schema import (
     CheckpointRef,
@@ -22,6 +24,7 @@ from protocol.schema import (
     Record,
     RetrainConfig,
     RetrainResult,
+    RetrainRun,
     StreamSpec,
     TrialResult,
 )
@@ -241,7 +244,15 @@ class TraceProfiler:
     def __init__(self, site: TraceSite) -> None:
         self._site = site
 
-    def choose(self, spec: StreamSpec, window: int, dataset: DatasetRef) -> _Wish:
+    def choose(
+        self,
+        spec: StreamSpec,
+        window: int,
+        dataset: DatasetRef,
+        *,
+        drift: float | None = None,
+        price: float | None = None,
+    ) -> _Wish:
         """Trials are not run: their outcome is in the trace."""
         return _Wish()
 
@@ -250,9 +261,25 @@ class TraceProfiler:
         return self._site.profile(spec.stream_id, trial.window)
 
     def retrained(
-        self, spec: StreamSpec, result: RetrainResult, predicted: float, predicted_s: float, promoted: bool
+        self,
+        spec: StreamSpec,
+        result: RetrainResult,
+        predicted: float,
+        predicted_s: float,
+        promoted: bool,
+        run: RetrainRun | None = None,
     ) -> None:
         """Nothing is learnt: the trace has its own predictions."""
+
+    def record_gate(self, decision: GateEvidence) -> None:
+        """Nothing is learnt."""
+
+    def share_efficiency(self, device: str) -> tuple[tuple[float, float], ...]:
+        """The trace's devices are what the site says."""
+        return ()
+
+    def measured(self, event: StreamAccuracy) -> None:
+        """Nothing is learnt."""
 
     def window_closed(self, stream_id: str, window: int, predicted: float | None, realised: float | None) -> None:
         """Nothing is learnt."""

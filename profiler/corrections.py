@@ -127,10 +127,10 @@ def cost_ratio(config: RetrainConfig, history: StreamHistory) -> float:
     own: list[tuple[float, float]] = []
     for age, window in enumerate(reversed(history.windows)):
         for outcome in window.outcomes:
-            before = _estimated(window, outcome)
-            if before is None or not _all_epochs_done(outcome) or outcome.result.busy_s <= 0.0:
+            before, work_s = _estimated(window, outcome), work_done(outcome)
+            if before is None or not _all_epochs_done(outcome) or work_s <= 0.0:
                 continue
-            error = (math.log(outcome.result.busy_s / before.base_gpu_seconds), DECAY**age)
+            error = (math.log(work_s / before.base_gpu_seconds), DECAY**age)
             errors.append(error)
             if group_key(outcome.result.config) == key:
                 own.append(error)
@@ -139,6 +139,18 @@ def cost_ratio(config: RetrainConfig, history: StreamHistory) -> float:
     rest, _ = shrunk_mean(((error - pooled, weight) for error, weight in own), 0.5)
     bound = math.log(MAX_COST_RATIO)
     return math.exp(max(-bound, min(bound, pooled + rest)))
+
+
+def work_done(outcome: Outcome) -> float:
+    """GPU-seconds that a retraining cost in the planner's currency, by the clock where it was seen whole.
+
+    The clock knows what busy seconds do not: starting the worker, waiting for a core that others use as well, the way
+    of the report. One that ran far longer than it was busy was stopped or starved, which says nothing about the next.
+    """
+    busy_s = outcome.result.busy_s
+    if outcome.run is None or outcome.run.work_s <= 0.0:
+        return busy_s
+    return min(outcome.run.work_s, MAX_COST_RATIO * busy_s) if busy_s > 0.0 else outcome.run.work_s
 
 
 def reached_accuracy(outcome: Outcome) -> float | None:

@@ -7,23 +7,28 @@ run. Such a file is moved aside with a warning and a fresh one is begun.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 
 from profiler.corrections import reached_accuracy
+from profiler.costs import CostModel, GroupKey
 from profiler.priors import Observation
-from profiler.records import Estimate, Outcome, StreamHistory, WindowHistory
+from profiler.records import Estimate, GateRow, LiveAccuracy, Outcome, StreamHistory, WindowHistory
+from profiler.shares import ShareCurve
 from protocol.schema import TrialResult
 
 log = logging.getLogger("ekya.profiler")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_WINDOWS = 20
+MAX_OUTCOMES = 400
+_NEWEST_WEIGHT = 0.25
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS windows (
@@ -34,7 +39,22 @@ CREATE TABLE IF NOT EXISTS outcomes (
     accuracy_predicted REAL, accuracy_after REAL, seconds_predicted REAL, busy_s REAL, promoted INTEGER NOT NULL,
     payload BLOB NOT NULL, PRIMARY KEY (window_id, config));
 CREATE INDEX IF NOT EXISTS windows_by_stream ON windows (stream, id);
+CREATE TABLE IF NOT EXISTS gates (
+    window_id INTEGER NOT NULL REFERENCES windows (id), stage TEXT NOT NULL, version INTEGER NOT NULL,
+    decision TEXT NOT NULL, retrain_id TEXT NOT NULL, confidence REAL, reason TEXT NOT NULL, time_s REAL NOT NULL,
+    evidence TEXT NOT NULL, PRIMARY KEY (window_id, stage, version, decision));
+CREATE TABLE IF NOT EXISTS live (
+    window_id INTEGER NOT NULL REFERENCES windows (id), version INTEGER NOT NULL, accuracy REAL NOT NULL,
+    num_frames INTEGER NOT NULL, PRIMARY KEY (window_id, version));
+CREATE TABLE IF NOT EXISTS costs (
+    config_group TEXT NOT NULL, device TEXT NOT NULL, startup_s REAL NOT NULL, seconds_per_sample REAL NOT NULL,
+    validation_s REAL NOT NULL, num INTEGER NOT NULL, time_s REAL NOT NULL, PRIMARY KEY (config_group, device));
+CREATE TABLE IF NOT EXISTS share_curves (
+    device TEXT NOT NULL PRIMARY KEY, points TEXT NOT NULL, exponent REAL NOT NULL, error REAL NOT NULL,
+    num INTEGER NOT NULL, time_s REAL NOT NULL);
 """
+# What has to be done to a file of an older schema before _SCHEMA is run on it; the tables of version 2 are all new.
+_MIGRATIONS: dict[int, str] = {1: ""}
 
 Payload = TypeVar("Payload", TrialResult, Estimate, Outcome)
 
@@ -109,7 +129,111 @@ class History:
         self._set(stream_id, window, time_s, "realised", realised)
         self._set(stream_id, window, time_s, "predicted", predicted)
 
+    def record_gate(self, row: GateRow, *, time_s: float) -> None:
+        """Keep what was decided about a retrained model and why; the same decision again changes nothing."""
+        with self._guard() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO gates VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (
+                    self._window_id(db, row.stream_id, row.window, time_s),
+                    row.stage,
+                    row.version,
+                    row.decision,
+                    row.retrain_id,
+                    row.confidence,
+                    row.reason,
+                    time_s,
+                    row.evidence,
+                ),
+            )
+
+    def record_live(self, stream_id: str, window: int, live: Sequence[LiveAccuracy], *, time_s: float) -> None:
+        """Keep what each model that served in a window reached on live frames."""
+        with self._guard() as db:
+            row_id = self._window_id(db, stream_id, window, time_s)
+            db.executemany(
+                "INSERT OR REPLACE INTO live VALUES (?, ?, ?, ?)",
+                [(row_id, row.version, row.accuracy, row.num_frames) for row in live],
+            )
+
+    def record_cost(self, key: GroupKey, device: str, cost: CostModel, *, time_s: float) -> None:
+        """Keep a measured cost; the mean with what was known, the newest counting for at least a quarter."""
+        with self._guard() as db:
+            text = json.dumps(key)
+            found = db.execute(
+                "SELECT startup_s, seconds_per_sample, validation_s, num FROM costs WHERE config_group = ? "
+                "AND device = ?",
+                (text, device),
+            ).fetchone()
+            new = (cost.startup_s, cost.seconds_per_sample, cost.validation_s)
+            num = 0
+            if found is not None:
+                num = int(found[3])
+                weight = max(1.0 / (num + 1), _NEWEST_WEIGHT)
+                new = tuple(old + weight * (now - old) for old, now in zip(found[:3], new, strict=True))
+            db.execute(
+                "INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?, ?, ?, ?)", (text, device, *new, num + 1, time_s)
+            )
+
+    def record_share_curve(self, device: str, curve: ShareCurve, *, time_s: float) -> None:
+        """Keep the throughput over share of a kind of device."""
+        with self._guard() as db:
+            db.execute(
+                "INSERT OR REPLACE INTO share_curves VALUES (?, ?, ?, ?, ?, ?)",
+                (device, json.dumps(curve.points), curve.exponent, curve.error, curve.num, time_s),
+            )
+
     # ------------------------------------------------------------ reading
+
+    def gates(self, stream_id: str) -> tuple[GateRow, ...]:
+        """All decisions about retrained models of a stream, oldest first."""
+        rows = self._rows(
+            "SELECT window, stage, decision, retrain_id, version, confidence, reason, evidence FROM gates "
+            "JOIN windows ON id = window_id WHERE stream = ? ORDER BY id, gates.time_s, gates.rowid",
+            stream_id,
+        )
+        return tuple(
+            GateRow(
+                stream_id=stream_id,
+                window=window,
+                stage=stage,
+                decision=decision,
+                retrain_id=retrain_id,
+                version=version,
+                confidence=confidence,
+                reason=reason,
+                evidence=evidence,
+            )
+            for window, stage, decision, retrain_id, version, confidence, reason, evidence in rows
+        )
+
+    def costs(self, device: str = "") -> dict[GroupKey, CostModel]:
+        """Costs known at the site by group of configurations, of one kind of device."""
+        found: dict[GroupKey, CostModel] = {}
+        for text, *values in self._rows(
+            "SELECT config_group, startup_s, seconds_per_sample, validation_s FROM costs WHERE device = ?", device
+        ):
+            batch_size, trained_fraction, head_width, learning_rate = json.loads(text)
+            startup_s, seconds_per_sample, validation_s = values
+            found[batch_size, trained_fraction, head_width, learning_rate] = CostModel(
+                startup_s=startup_s, seconds_per_sample=seconds_per_sample, validation_s=validation_s
+            )
+        return found
+
+    def share_curve(self, device: str) -> ShareCurve | None:
+        """The throughput over share of a kind of device, None when it was not measured yet."""
+        for points, exponent, error, num in self._rows(
+            "SELECT points, exponent, error, num FROM share_curves WHERE device = ?", device
+        ):
+            pairs = tuple((float(share), float(phi)) for share, phi in json.loads(points))
+            return ShareCurve(points=pairs, exponent=exponent, error=error, num=num)
+        return None
+
+    def outcomes(self, *, max_rows: int = MAX_OUTCOMES) -> tuple[Outcome, ...]:
+        """The newest outcomes of all streams, oldest first."""
+        rows = self._rows("SELECT payload FROM outcomes ORDER BY time_s DESC, rowid DESC LIMIT ?", max_rows)
+        decoded = [_decode(payload, Outcome) for (payload,) in reversed(rows)]
+        return tuple(outcome for outcome in decoded if outcome is not None)
 
     def view(self, stream_id: str, *, max_windows: int = MAX_WINDOWS) -> StreamHistory:
         """The newest ``max_windows`` windows of a stream, of all runs, oldest first. Unreadable rows are skipped."""
@@ -126,6 +250,9 @@ class History:
                     "SELECT payload FROM outcomes WHERE window_id = ? ORDER BY time_s, rowid", (row_id,)
                 ).fetchall()
                 decoded = [_decode(payload, Outcome) for (payload,) in payloads]
+                live = db.execute(
+                    "SELECT version, accuracy, num_frames FROM live WHERE window_id = ? ORDER BY version", (row_id,)
+                ).fetchall()
                 windows.append(
                     WindowHistory(
                         window=window,
@@ -134,6 +261,7 @@ class History:
                         outcomes=tuple(outcome for outcome in decoded if outcome is not None),
                         realised=realised,
                         predicted=predicted,
+                        live=tuple(LiveAccuracy(version=v, accuracy=a, num_frames=n) for v, a, n in live),
                     )
                 )
         except sqlite3.DatabaseError as error:
@@ -183,6 +311,15 @@ class History:
 
     # ------------------------------------------------------------ inside
 
+    def _rows(self, query: str, *values: str | int) -> list[tuple[Any, ...]]:
+        try:
+            return self._connection().execute(query, values).fetchall()
+        except sqlite3.ProgrammingError:
+            raise
+        except sqlite3.DatabaseError as error:
+            log.warning("history=unreadable path=%s reason=%r", self.path, error)
+            return []
+
     def _connection(self) -> sqlite3.Connection:
         if self._db is None:
             raise sqlite3.ProgrammingError("the history is closed")
@@ -231,8 +368,11 @@ def _open(path: Path) -> sqlite3.Connection:
         if problems != [("ok",)]:
             raise sqlite3.DatabaseError(f"quick_check: {problems[0][0]}")
         (version,) = db.execute("PRAGMA user_version").fetchone()
-        if version not in (0, SCHEMA_VERSION):
-            raise sqlite3.DatabaseError(f"schema version {version}, this release reads {SCHEMA_VERSION}")
+        if version not in (0, *_MIGRATIONS, SCHEMA_VERSION):
+            raise sqlite3.DatabaseError(f"schema version {version}, this release reads 1 to {SCHEMA_VERSION}")
+        for older in range(version or SCHEMA_VERSION, SCHEMA_VERSION):
+            log.info("history=migrated path=%s from=%d to=%d", path, older, older + 1)
+            db.executescript(_MIGRATIONS[older])
         db.executescript(_SCHEMA)
         db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
         db.execute("SELECT run, stream, window, time_s, realised, predicted, trial, estimate FROM windows LIMIT 1")

@@ -5,7 +5,17 @@ from __future__ import annotations
 from typing import Literal
 
 from protocol.plan import StreamProfile
-from protocol.schema import Fraction, InferenceConfig, Name, Record, RetrainConfig, RetrainResult, Seconds, TrialResult
+from protocol.schema import (
+    Fraction,
+    InferenceConfig,
+    Name,
+    Record,
+    RetrainConfig,
+    RetrainResult,
+    RetrainRun,
+    Seconds,
+    TrialResult,
+)
 
 EstimateSource = Literal["trial", "past_trial", "neighbour"]
 
@@ -50,13 +60,39 @@ class Estimate(Record, frozen=True, kw_only=True):
 
 
 class Outcome(Record, frozen=True, kw_only=True):
-    """A retraining that ended, beside what was predicted for it and what the gate made of it."""
+    """A retraining that ended, beside what was predicted for it and what the gate made of it.
+
+    ``run``: how it ran; None in rows of the first schema and where the optimizer did not see it whole.
+    """
 
     result: RetrainResult
     accuracy_predicted: float | None
     seconds_predicted: float | None
     promoted: bool
     reason: str = ""
+    run: RetrainRun | None = None
+
+
+class GateRow(Record, frozen=True, kw_only=True):
+    """One decision about a retrained model, as it was recorded. ``evidence``: the whole decision as JSON text."""
+
+    stream_id: Name
+    window: int
+    stage: str
+    decision: str
+    retrain_id: str
+    version: int
+    confidence: float | None
+    reason: str
+    evidence: str
+
+
+class LiveAccuracy(Record, frozen=True, kw_only=True):
+    """What a model reached on the live frames of a window, as with the best inference configuration."""
+
+    version: int
+    accuracy: Fraction
+    num_frames: int
 
 
 class WindowHistory(Record, frozen=True, kw_only=True):
@@ -68,6 +104,7 @@ class WindowHistory(Record, frozen=True, kw_only=True):
     outcomes: tuple[Outcome, ...] = ()
     realised: float | None = None
     predicted: float | None = None
+    live: tuple[LiveAccuracy, ...] = ()
 
 
 class StreamHistory(Record, frozen=True, kw_only=True):

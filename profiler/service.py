@@ -5,16 +5,54 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
+import msgspec
+
+from profiler.costs import cost_model, group_key
 from profiler.history import History
 from profiler.microprofiler import EstimatorKnobs, estimate_in_detail
 from profiler.priors import fit_prior
-from profiler.records import Outcome, TrialChoice
+from profiler.records import GateRow, LiveAccuracy, Outcome, StreamHistory, TrialChoice
+from profiler.shares import ShareRun, fit_share_curve
 from profiler.trials import TrialKnobs, choose_trials
+from protocol.events import StreamAccuracy
 from protocol.plan import StreamProfile
-from protocol.schema import DatasetRef, InferenceConfig, RetrainConfig, RetrainResult, StreamSpec, TrialResult
+from protocol.schema import (
+    DatasetRef,
+    InferenceConfig,
+    RetrainConfig,
+    RetrainResult,
+    RetrainRun,
+    StreamSpec,
+    TrialResult,
+)
 
 log = logging.getLogger(__name__)
+
+# With an inference configuration that is worse than this, live accuracy says little about the model.
+MIN_RELATIVE = 0.4
+
+
+class GateEvidence(Protocol):
+    """What is remembered of a decision about a retrained model; the struct that carries it is kept whole."""
+
+    @property
+    def stream_id(self) -> str: ...
+    @property
+    def window(self) -> int: ...
+    @property
+    def stage(self) -> str: ...
+    @property
+    def decision(self) -> str: ...
+    @property
+    def retrain_id(self) -> str: ...
+    @property
+    def version(self) -> int: ...
+    @property
+    def confidence(self) -> float | None: ...
+    @property
+    def reason(self) -> str: ...
 
 
 class SiteProfiler:
@@ -39,8 +77,18 @@ class SiteProfiler:
         self._trial_knobs = trial_knobs or TrialKnobs()
         self._estimator_knobs = estimator_knobs or EstimatorKnobs()
         self._wall_clock = wall_clock
+        self._live: dict[tuple[str, int], dict[tuple[int, str], tuple[float, int]]] = {}
+        self._quality: dict[str, dict[str, float]] = {}
 
-    def choose(self, spec: StreamSpec, window: int, dataset: DatasetRef) -> TrialChoice:
+    def choose(
+        self,
+        spec: StreamSpec,
+        window: int,
+        dataset: DatasetRef,
+        *,
+        drift: float | None = None,
+        price: float | None = None,
+    ) -> TrialChoice:
         """The trials of a stream in a window, within its part of the budget."""
         choice = choose_trials(
             self._retrain,
@@ -68,31 +116,112 @@ class SiteProfiler:
             dataset,
             self._retrain,
             self._inference,
-            self._history.view(spec.stream_id),
+            _before(self._history.view(spec.stream_id), trial),
             prior=fit_prior(self._history.observations()),
             knobs=self._estimator_knobs,
         )
         now = self._wall_clock()
         self._history.record_trial(trial, time_s=now)
         self._history.record_estimate(estimate, time_s=now)
+        for row in trial.retrain:
+            cost = cost_model(row)
+            if cost is not None:
+                self._history.record_cost(group_key(row.config), "", cost, time_s=now)
+        self._quality[spec.stream_id] = {r.config.config_id: r.relative_accuracy for r in estimate.inference}
         return estimate.profile
 
     def retrained(
-        self, spec: StreamSpec, result: RetrainResult, predicted: float, predicted_s: float, promoted: bool
+        self,
+        spec: StreamSpec,
+        result: RetrainResult,
+        predicted: float,
+        predicted_s: float,
+        promoted: bool,
+        run: RetrainRun | None = None,
     ) -> None:
-        """A retraining ended; its outcome corrects later estimates."""
+        """A retraining ended; its outcome corrects later estimates, of costs also those of other streams."""
         del spec
+        now = self._wall_clock()
         outcome = Outcome(
             result=result,
             accuracy_predicted=predicted,
             seconds_predicted=predicted_s,
             promoted=promoted,
             reason=result.reason,
+            run=run,
         )
-        self._history.record_outcome(outcome, time_s=self._wall_clock())
+        self._history.record_outcome(outcome, time_s=now)
+        if run is not None and run.share is not None:
+            self._learn_share(run.device)
+
+    def _learn_share(self, device: str) -> None:
+        runs = [
+            ShareRun(share=o.run.share, seconds=o.run.elapsed_s, gpu_seconds=o.seconds_predicted)
+            for o in self._history.outcomes()
+            if o.run is not None and o.run.share is not None and o.run.device == device and o.seconds_predicted
+        ]
+        curve = fit_share_curve(runs)
+        if curve is not None:
+            self._history.record_share_curve(device, curve, time_s=self._wall_clock())
+
+    def share_efficiency(self, device: str) -> tuple[tuple[float, float], ...]:
+        """Throughput over share of a kind of device as measured; empty = in proportion, as far as is known."""
+        curve = self._history.share_curve(device)
+        return curve.points if curve is not None and curve.differs else ()
+
+    def record_gate(self, decision: GateEvidence) -> None:
+        """Something was decided about a retrained model; kept with its evidence."""
+        self._history.record_gate(
+            GateRow(
+                stream_id=decision.stream_id,
+                window=decision.window,
+                stage=decision.stage,
+                decision=decision.decision,
+                retrain_id=decision.retrain_id,
+                version=decision.version,
+                confidence=decision.confidence,
+                reason=decision.reason,
+                evidence=msgspec.json.encode(decision).decode(),
+            ),
+            time_s=self._wall_clock(),
+        )
+
+    def measured(self, event: StreamAccuracy) -> None:
+        """Live accuracy is added up by model and inference configuration until the window is closed."""
+        sums = self._live.setdefault((event.stream_id, event.window), {})
+        key = (event.model_version, event.inference_id)
+        total, num = sums.get(key, (0.0, 0))
+        sums[key] = (total + event.accuracy_sum, num + event.num_scored)
 
     def window_closed(self, stream_id: str, window: int, predicted: float | None, realised: float | None) -> None:
         """A window ended; the difference corrects later estimates."""
-        self._history.record_window(
-            stream_id, window, realised=realised, predicted=predicted, time_s=self._wall_clock()
+        now = self._wall_clock()
+        self._history.record_window(stream_id, window, realised=realised, predicted=predicted, time_s=now)
+        live = self._models_live(stream_id, window)
+        if live:
+            self._history.record_live(stream_id, window, live, time_s=now)
+
+    def _models_live(self, stream_id: str, window: int) -> tuple[LiveAccuracy, ...]:
+        """Live accuracy of every model of the window, each frame's taken back to the best inference configuration."""
+        sums = self._live.pop((stream_id, window), {})
+        self._live = {key: value for key, value in self._live.items() if key[0] != stream_id or key[1] > window}
+        quality = self._quality.get(stream_id, {})
+        by_version: dict[int, tuple[float, int]] = {}
+        for (version, inference_id), (total, num) in sums.items():
+            relative = quality.get(inference_id)
+            if relative is None or relative < MIN_RELATIVE:
+                continue
+            before, count = by_version.get(version, (0.0, 0))
+            by_version[version] = (before + total / relative, count + num)
+        return tuple(
+            LiveAccuracy(version=version, accuracy=min(total / num, 1.0), num_frames=num)
+            for version, (total, num) in sorted(by_version.items())
+            if num > 0
         )
+
+
+def _before(history: StreamHistory, trial: TrialResult) -> StreamHistory:
+    """What was known before ``trial``: a question asked again (after a restart) is no second window of experience."""
+    if history.windows and history.windows[-1].trial == trial:
+        return StreamHistory(stream_id=history.stream_id, windows=history.windows[:-1])
+    return history

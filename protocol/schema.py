@@ -367,3 +367,18 @@ class RetrainResult(Record, frozen=True, kw_only=True, tag="retraining"):
     busy_s: Seconds
     seconds: Seconds
     reason: str = ""
+
+
+class RetrainRun(Record, frozen=True, kw_only=True):
+    """Where and how fast a retraining ran, as the optimizer saw it from the start command to the report.
+
+    ``device``: what executors of this kind are called, e.g. "cpu" or a GPU's name. ``share``: granted GPU share, None
+    when it changed on the way. ``work_s``: GPU-seconds that the execution model gives for ``elapsed_s`` at the granted
+    shares, start-up included: what the retraining cost in the planner's currency.
+    """
+
+    executor_id: Name
+    device: str
+    share: Share | None
+    elapsed_s: Seconds
+    work_s: Seconds

@@ -9,9 +9,11 @@ import msgspec
 from optimizer.config import BootstrapConfig, ProfilingConfig, SiteConfig
 from optimizer.coordinator import Coordinator
 from optimizer.policies.registry import get_policy
+from optimizer.ports import GateEvidence
 from optimizer.simulator import SimulatedExecutor, Simulation
 from optimizer.state import SiteState
 from protocol import messages as m
+from protocol.events import StreamAccuracy
 from protocol.plan import InferenceProfile, Plan, Problem, RetrainProfile, StreamProfile
 from protocol.schema import (
     CheckpointRef,
@@ -23,6 +25,7 @@ from protocol.schema import (
     Record,
     RetrainConfig,
     RetrainResult,
+    RetrainRun,
     StreamSpec,
     TrialResult,
 )
@@ -73,9 +76,21 @@ class TestProfiler:
 
     def __init__(self) -> None:
         self.outcomes: list[tuple[str, bool]] = []
+        self.runs: list[RetrainRun | None] = []
+        self.gates: list[GateEvidence] = []
+        self.live: list[StreamAccuracy] = []
+        self.efficiency: dict[str, tuple[tuple[float, float], ...]] = {}
         self.windows: list[tuple[str, int, float | None, float | None]] = []
 
-    def choose(self, spec: StreamSpec, window: int, dataset: DatasetRef) -> Wish:
+    def choose(
+        self,
+        spec: StreamSpec,
+        window: int,
+        dataset: DatasetRef,
+        *,
+        drift: float | None = None,
+        price: float | None = None,
+    ) -> Wish:
         return Wish()
 
     def estimate(self, spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:
@@ -103,9 +118,25 @@ class TestProfiler:
         )
 
     def retrained(
-        self, spec: StreamSpec, result: RetrainResult, predicted: float, predicted_s: float, promoted: bool
+        self,
+        spec: StreamSpec,
+        result: RetrainResult,
+        predicted: float,
+        predicted_s: float,
+        promoted: bool,
+        run: RetrainRun | None = None,
     ) -> None:
         self.outcomes.append((spec.stream_id, promoted))
+        self.runs.append(run)
+
+    def record_gate(self, decision: GateEvidence) -> None:
+        self.gates.append(decision)
+
+    def share_efficiency(self, device: str) -> tuple[tuple[float, float], ...]:
+        return self.efficiency.get(device, ())
+
+    def measured(self, event: StreamAccuracy) -> None:
+        self.live.append(event)
 
     def window_closed(self, stream_id: str, window: int, predicted: float | None, realised: float | None) -> None:
         self.windows.append((stream_id, window, predicted, realised))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from optimizer import questions
 from optimizer.config import ProfilingConfig
 from optimizer.ports import Received, Tick
 from optimizer.simulator import SimulatedExecutor
@@ -295,3 +296,25 @@ def test_profiling_does_with_less_where_serving_needs_the_room() -> None:
     assert run.finish.exit_code == 0
     assert any(job.startswith("trial/s0/w1") for job in world.started)
     assert run.peak_share <= 1.0 + 1e-9
+
+
+def test_the_profiler_is_told_where_and_how_long_a_retraining_ran() -> None:
+    run, _, profiler = simulation(site(), num_windows=3)
+    run.run(until_s=1000.0)
+    runs = [ran for ran in profiler.runs if ran is not None]
+    assert runs
+    for ran in runs:
+        assert ran.elapsed_s > 0.0
+        assert 0.0 < ran.work_s <= ran.elapsed_s + 1e-6  # a share of one GPU of speed 1
+        if ran.share is not None:
+            assert ran.work_s == pytest.approx(ran.share * ran.elapsed_s)
+
+
+def test_a_measured_share_curve_is_part_of_the_planning_problem() -> None:
+    curve = ((0.5, 0.7), (1.0, 1.0))
+    run, _, profiler = simulation(site(), num_windows=2)
+    executors = run.coordinator.executors
+    profiler.efficiency = {questions.device_kind(e): curve for e in executors.values()}
+    run.run(until_s=1000.0)
+    assert executors
+    assert all(e.gpu.share_efficiency == curve for e in executors.values())
