@@ -24,18 +24,19 @@ import msgspec
 import numpy as np
 import torch
 
-from executor.learning import checkpoints, datasets
+from executor.learning import checkpoints
 from executor.learning.datasets import CropSet
 from executor.learning.device import Device
-from executor.learning.labeling import frames_to_label, label, oracle_labels
+from executor.learning.golden import open_golden
+from executor.learning.labeling import frames_to_label, label
 from executor.learning.retraining import Retraining
 from executor.learning.stepping import FreeStepper
-from executor.learning.training import evaluate
+from executor.learning.task import task_of
 from executor.learning.trials import run_trials
 from executor.streams.open import open_source
 from optimizer.config import load_site
 from protocol.messages import LabelJob, RetrainJob, TrialJob
-from protocol.schema import CheckpointRef, CitySource, DatasetRef, EpochResult, GoldenSpec, RetrainConfig, StreamSpec
+from protocol.schema import CheckpointRef, CitySource, DatasetRef, EpochResult, OracleGolden, RetrainConfig, StreamSpec
 
 ROOT = Path(__file__).parent
 RETRAININGS, TRIALS = ROOT / "data" / "retrainings.csv", ROOT / "data" / "trials.csv"
@@ -63,11 +64,11 @@ def stream_spec(name: str) -> StreamSpec:
             label_fps=2.0,
             crop_px=32,
             exemplars_per_class=12,
-            golden=GoldenSpec(seconds_per_frame=0.0, error_rate=0.02),
+            golden=OracleGolden(seconds_per_frame=0.0, error_rate=0.02),
         )
     site = load_site(ROOT.parent / "examples" / "street.toml")
     spec = next(s for s in site.streams if s.stream_id == name)
-    return msgspec.structs.replace(spec, golden=GoldenSpec(seconds_per_frame=0.0, error_rate=0.0), crop_px=32)
+    return msgspec.structs.replace(spec, golden=OracleGolden(seconds_per_frame=0.0, error_rate=0.0), crop_px=32)
 
 
 class Collector:
@@ -77,6 +78,7 @@ class Collector:
         self.spec, self.store = stream_spec(name), store
         self.seed = sum(name.encode())
         self.draw = np.random.default_rng(self.seed)
+        self.task = task_of(self.spec)
         self.source = open_source(self.spec)
         self.device = Device(name="cpu:0", torch_device=torch.device("cpu"))
         self.stepper = FreeStepper()
@@ -92,10 +94,10 @@ class Collector:
         truth = self._truth(window)
         assert self.serving is not None
         serving, _ = checkpoints.load(self.store, self.serving)
-        crops = datasets.load(self.store, self.dataset, self.spec.classes)
-        unseen = evaluate(serving, crops.take(~crops.is_exemplar), self.device)[0]
-        split_before = evaluate(serving, crops.validation, self.device)[0]
-        before = evaluate(serving, truth, self.device)[0]
+        crops = self.task.read(self.store, self.dataset, self.spec.classes)
+        unseen = self.task.evaluate(serving, crops.take(~crops.is_exemplar), self.device)[0]
+        split_before = self.task.evaluate(serving, crops.validation, self.device)[0]
+        before = self.task.evaluate(serving, truth, self.device)[0]
         common: dict[str, object] = {
             "stream": self.spec.stream_id,
             "window": window,
@@ -197,7 +199,7 @@ class Collector:
             seed=window,
         )
         begun = self.stepper.busy_s()
-        crops = datasets.load(self.store, self.dataset, self.spec.classes)
+        crops = self.task.read(self.store, self.dataset, self.spec.classes)
         serving = None if self.serving is None else checkpoints.load(self.store, self.serving)[0]
         points: dict[int, tuple[float, float, float]] = {}
         saved: dict[int, CheckpointRef] = {}
@@ -208,7 +210,7 @@ class Collector:
             busy_s = self.stepper.busy_s() - begun if epoch.epoch == 0 else busy_s + epoch.busy_s
             if epoch.epoch in looks:
                 student = retraining.student
-                points[epoch.epoch] = (epoch.accuracy, evaluate(student, truth, self.device)[0], busy_s)
+                points[epoch.epoch] = (epoch.accuracy, self.task.evaluate(student, truth, self.device)[0], busy_s)
                 saved[epoch.epoch] = checkpoints.save(
                     self.store,
                     student,
@@ -243,15 +245,16 @@ class Collector:
     def _truth(self, window: int) -> CropSet:
         """Crops of the window that is served, labelled without error."""
         start = self.spec.start_s + WINDOW_S * window
-        parts = [datasets.empty(self.spec.crop_px)]
+        perfect = msgspec.structs.replace(self.spec, golden=OracleGolden(error_rate=0.0, seconds_per_frame=0.0))
+        golden = open_golden(perfect, self.device, self.stepper, 0)
+        parts = []
         for index in frames_to_label(start, start + WINDOW_S, self.spec.fps, TRUTH_FPS):
             frame = self.source.frame(index)
-            if len(frame.labels):
-                flags = np.zeros(len(frame.labels), np.bool_)
-                labels = oracle_labels(frame.labels, 0.0, len(self.spec.classes), 0, index)
-                frames = np.full(len(labels), index, np.int64)
-                parts.append(CropSet(frame.crops(self.spec.crop_px), labels, frames, flags, flags))
-        return datasets.concatenate(parts)
+            labels = golden.label(frame)
+            if labels is not None and len(labels):
+                parts.append(self.task.examples(frame, labels, self.spec))
+        truth: CropSet = self.task.join(parts, self.spec)
+        return truth
 
 
 def merge(path: Path, stream: str, rows: list[dict[str, object]]) -> None:
