@@ -24,12 +24,19 @@ from protocol.schema import (
 
 
 class StartJob(Record, frozen=True, kw_only=True, tag="start"):
-    """First message. ``device``: "cpu:K" (pin to core K) or "cuda:K"; ``pace``: hold the share by duty cycle."""
+    """First message. ``device``: "cpu:K" (pin to core K) or "cuda:K"; ``pace``: hold the share by duty cycle.
+
+    ``origin_s``: this machine's monotonic time at which the stream was at position 0, so that all workers of a
+    stream count its frames alike; None: the job's position is that of the worker's start. ``standby``: get ready, then
+    serve nothing until ``TakeOver``.
+    """
 
     job: Job
     store: str
     device: str
     pace: bool
+    origin_s: float | None = None
+    standby: bool = False
     stats_interval_s: Seconds = 1.0
 
 
@@ -53,7 +60,19 @@ class StopJob(Record, frozen=True, kw_only=True, tag="stop"):
     reason: str
 
 
-Command = StartJob | SetShare | SetInference | SwapModel | StopJob
+class TakeOver(Record, frozen=True, kw_only=True, tag="take_over"):
+    """To a worker on standby: serve the frames that arrive at ``at_s`` (monotonic) or later."""
+
+    at_s: float
+
+
+class HandOver(Record, frozen=True, kw_only=True, tag="hand_over"):
+    """To the worker before it: finish the frames that arrived before ``at_s`` and leave."""
+
+    at_s: float
+
+
+Command = StartJob | SetShare | SetInference | SwapModel | StopJob | TakeOver | HandOver
 
 # ---------------------------------------------------------------- worker -> parent
 
@@ -108,6 +127,18 @@ class SwapRefused(Record, frozen=True, kw_only=True, tag="swap_refused"):
     reason: str
 
 
+class TookOver(Record, frozen=True, kw_only=True, tag="took_over"):
+    """The first result of a worker that was on standby. ``at_s``: monotonic time of it."""
+
+    at_s: float
+
+
+class HandedOver(Record, frozen=True, kw_only=True, tag="handed_over"):
+    """The stream is the successor's. ``at_s``: monotonic time of the last result."""
+
+    at_s: float
+
+
 class EpochDone(Record, frozen=True, kw_only=True, tag="epoch_done"):
     epoch: EpochResult
 
@@ -125,4 +156,6 @@ class JobBroken(Record, frozen=True, kw_only=True, tag="job_broken"):
     reason: str
 
 
-Report = Ready | Progress | StreamStats | Swapped | SwapRefused | EpochDone | JobDone | JobBroken
+Report = (
+    Ready | Progress | StreamStats | Swapped | SwapRefused | TookOver | HandedOver | EpochDone | JobDone | JobBroken
+)

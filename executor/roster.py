@@ -16,6 +16,8 @@ from executor.agent import SHARE_TOLERANCE, AgentCommand, Replace, Start, Stop, 
 from executor.limits import RestartPolicy
 from executor.links import (
     EpochDone,
+    HandedOver,
+    HandOver,
     JobDone,
     Progress,
     Ready,
@@ -25,6 +27,8 @@ from executor.links import (
     StreamStats,
     Swapped,
     SwapRefused,
+    TakeOver,
+    TookOver,
 )
 from executor.outbox import LastingEvent, Outbox
 from executor.roster_entry import Effect, Halt, Launch, Order, Worker
@@ -40,6 +44,9 @@ from protocol.messages import (
     WorkerStatus,
 )
 from protocol.schema import CheckpointRef, LabelResult, TrialResult
+
+HAND_OVER_LEAD_S = 0.05
+"""How long before its time a hand-over is announced to both workers: more than an order takes to be read."""
 
 REMEMBERED = 1000
 """Ended jobs and refused checkpoints remembered, so that memory stays bounded in a long run."""
@@ -128,7 +135,8 @@ class Roster:
         ``live``: workers can be given any share while they run; otherwise at most the one they start with.
         """
         if isinstance(command, Start | Replace):
-            return [Launch(self._begin(command, 1.0 if live else command.job.share))]
+            worker = self._begin(command, 1.0 if live else command.job.share)
+            return [Launch(worker)]
         if isinstance(command, Stop):
             return [effect for w in self.of_job(command.job_id) for effect in self.halt(w.worker_id, command.reason)]
         return self._tell(command, now)
@@ -167,7 +175,8 @@ class Roster:
         worker = Worker(worker_id=self._next_id, job=job, share_held=job.share, share_cap=share_cap)
         self._next_id += 1
         if isinstance(command, Replace):
-            worker.successor_of = next(w.worker_id for w in self.of_job(job.job_id) if w.state == "ready")
+            old = next(w for w in self.of_job(job.job_id) if w.state == "ready")
+            worker.successor_of, worker.standby, worker.origin_s = old.worker_id, True, old.origin_s
         else:
             for old in self.of_job(job.job_id):
                 worker.deaths, worker.restarts, worker.reported = old.deaths, old.restarts + 1, old.reported
@@ -214,6 +223,14 @@ class Roster:
             self._change(worker, "swapped", f"model_version={report.version}", gap_ms=report.gap_ms)
         elif isinstance(report, SwapRefused):
             self._refuse_checkpoint(worker, report.reason)
+        elif isinstance(report, TookOver):
+            worker.took_over_s = report.at_s
+            self._handed_over(worker)
+        elif isinstance(report, HandedOver):
+            for successor in self.of_job(worker.job.job_id):
+                if successor is not worker:
+                    successor.handed_over_s = report.at_s
+                    self._handed_over(successor)
         elif isinstance(report, EpochDone):
             self._epoch(worker, report)
         elif isinstance(report, JobDone):
@@ -253,7 +270,27 @@ class Roster:
             worker.model_version = worker.job.checkpoint.version
             self._remember_good(worker)
         self._change(worker, "ready", f"startup_s={report.startup_s:.2f}")
-        return self.halt(relieved, "handed_over") if relieved in self._workers else []
+        if not worker.standby:
+            return []
+        worker.standby = False
+        if relieved not in self._workers:
+            return [Order(worker, TakeOver(at_s=now))]  # the one before it has died meanwhile
+        # A little ahead, so that both know before the frame comes that the one leaves and the other takes.
+        turn_s = now + HAND_OVER_LEAD_S
+        old = self._workers[relieved]
+        effects: list[Effect] = [Order(worker, TakeOver(at_s=turn_s))]
+        for effect in self.halt(relieved, "handed_over"):
+            farewell = HandOver(at_s=turn_s) if isinstance(effect, Halt) else None
+            effects.append(Halt(old, "handed_over", farewell))
+        return effects
+
+    def _handed_over(self, worker: Worker) -> None:
+        """Both sides of a hand-over have told the time of their result next to it."""
+        before, after = worker.handed_over_s, worker.took_over_s
+        if before is not None and after is not None:
+            worker.handed_over_s = worker.took_over_s = None
+            gap_ms = max(0.0, after - before) * 1e3
+            self._change(worker, "handed_over", f"share={worker.job.share:g}", gap_ms=gap_ms)
 
     def _settle(self, worker: Worker, report: Report, now: float) -> None:
         """A shrink is over when the worker names the share it holds, or reports a while after the order.

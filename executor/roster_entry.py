@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from executor.agent import Kind, kind_of
-from executor.links import Command, JobBroken
+from executor.links import Command, HandOver, JobBroken
 from protocol.messages import Job
 
 
@@ -31,6 +31,10 @@ class Worker:
     broken: JobBroken | None = None
     stop_reason: str = ""
     successor_of: int | None = None
+    standby: bool = False
+    origin_s: float | None = None
+    handed_over_s: float | None = None
+    took_over_s: float | None = None
 
     @property
     def kind(self) -> Kind:
@@ -54,10 +58,11 @@ class Order:
 
 @dataclass(frozen=True, slots=True)
 class Halt:
-    """Stop the worker's process by the stop ladder."""
+    """Stop the worker's process by the stop ladder. ``farewell``: what it is told, StopJob when None."""
 
     worker: Worker
     reason: str
+    farewell: HandOver | None = None
 
 
 Effect = Launch | Order | Halt

@@ -361,7 +361,7 @@ class Service:
         if isinstance(effect, Launch):
             self._launch(worker, now)
         elif isinstance(effect, Halt):
-            self._supervisor.stop(worker.worker_id, effect.reason, quick)
+            self._supervisor.stop(worker.worker_id, effect.reason, quick, effect.farewell)
         else:
             order = effect.command
             if isinstance(order, SetShare):
@@ -371,11 +371,16 @@ class Service:
     def _launch(self, worker: Worker, now: float) -> None:
         try:
             environment = self.backend.worker_environment(worker.job, worker.job.share)
+            job = self._as_started(worker.job, now, self.backend.paced_share(worker.job.share, worker.share_cap))
+            if isinstance(job, InferenceJob) and not worker.standby:
+                worker.origin_s = now - job.position_s
             start = StartJob(
-                job=self._as_started(worker.job, now, self.backend.paced_share(worker.job.share, worker.share_cap)),
+                job=job,
                 store=self._welcome.store if self._welcome else "",
                 device=self.backend.worker_device,
                 pace=self.backend.pace,
+                origin_s=worker.origin_s,
+                standby=worker.standby,
             )
             self._roster.launched(worker.worker_id, self._supervisor.start(worker.worker_id, start, environment))
         except WorkerError as error:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
 
 from executor.limits import Limits
-from executor.links import Command, JobDone, Ready, Report, StartJob, StopJob
+from executor.links import Command, HandOver, JobDone, Ready, Report, StartJob, StopJob
 from executor.processes import ForkServer, Pipe, exit_reason, oom_kills, signal_group
 from protocol.codec import decode, encode
 from protocol.errors import ProtocolError
@@ -108,8 +108,11 @@ class Supervisor:
         if child is not None:
             child.pipe.send(encode(command))
 
-    def stop(self, worker_id: int, reason: str, quick: bool = False) -> None:
-        """Climb the stop ladder, from its third rung when ``quick``. Repeating it is harmless."""
+    def stop(self, worker_id: int, reason: str, quick: bool = False, farewell: HandOver | None = None) -> None:
+        """Climb the stop ladder, from its third rung when ``quick``. Repeating it is harmless.
+
+        ``farewell``: said in the place of StopJob to a worker whose successor is there.
+        """
         child = self._processes.get(worker_id)
         if child is None or (child.rung > 0 and not quick):
             return
@@ -120,7 +123,7 @@ class Supervisor:
         if quick:
             self._climb_to(child, 3, now)
         else:
-            child.pipe.send(encode(StopJob(reason=reason[:200])))
+            child.pipe.send(encode(farewell or StopJob(reason=reason[:200])))
             child.rung, child.rung_due_s = 1, now + self._limits.stop_grace_s
 
     def stop_all(self, reason: str, quick: bool = False) -> None:

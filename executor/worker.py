@@ -107,7 +107,9 @@ def _work(
     if source is None:
         raise InputError(f"job {job.job_id}: no source")
     if isinstance(job, InferenceJob):
-        StreamServer(job, source, store, device, link).run(started, start.stats_interval_s)
+        StreamServer(job, source, store, device, link, start.origin_s, start.standby).run(
+            started, start.stats_interval_s
+        )
         return None
     if isinstance(job, LabelJob):
         ready()

@@ -14,7 +14,19 @@ from executor.learning.device import Device
 from executor.learning.inference import InferenceEngine, Outcome
 from executor.learning.loading import ModelLoader, load_analyser
 from executor.learning.task import task_of
-from executor.links import Command, Ready, SetInference, StreamStats, SwapModel, Swapped, SwapRefused
+from executor.links import (
+    Command,
+    HandedOver,
+    HandOver,
+    Ready,
+    SetInference,
+    StreamStats,
+    SwapModel,
+    Swapped,
+    SwapRefused,
+    TakeOver,
+    TookOver,
+)
 from executor.streams.clock import FrameClock
 from executor.streams.frames import FrameSource
 from executor.worker_link import Link
@@ -46,14 +58,25 @@ class Backlog:
 class StreamServer:
     """Serves one stream until it is told to stop; answers changes of configuration and model between two frames.
 
-    Constructing it loads and warms up the first model: raises CheckpointError.
+    Constructing it loads and warms up the first model: raises CheckpointError. ``origin_s``, ``standby``: as in
+    StartJob.
     """
 
-    def __init__(self, job: InferenceJob, source: FrameSource, store: Path, device: Device, link: Link) -> None:
+    def __init__(
+        self,
+        job: InferenceJob,
+        source: FrameSource,
+        store: Path,
+        device: Device,
+        link: Link,
+        origin_s: float | None = None,
+        standby: bool = False,
+    ) -> None:
         self._job, self._source, self._store, self._device, self._link = job, source, store, device, link
         # The stream does not wait for its worker to start: frames that arrive meanwhile queue up or are dropped.
         limit = max(2, math.ceil(job.stream.fps * _BACKLOG_S))
-        self._clock = FrameClock(job.stream.fps, job.position_s, time.monotonic(), limit)
+        now = time.monotonic()
+        self._clock = FrameClock(job.stream.fps, job.position_s if origin_s is None else now - origin_s, now, limit)
         self._backlog = Backlog(self._clock, limit)
         analyser = load_analyser(store, job.checkpoint, job.stream, device, job.config.resolution_px)
         # The first crops of a source may cost a second (background, decoder): not a stream's first second.
@@ -67,26 +90,45 @@ class StreamServer:
         self._took_over = False
         self._stats = _Stats(time.monotonic())
         self._conditions = ""
+        self._standby = standby
+        self._from_s, self._until_s = float("-inf"), float("inf")
         link.on_command = self._command
 
     def run(self, started: float, stats_interval_s: float) -> None:
         """Serve. ``started``: when the worker began, for its start-up time."""
         link = self._link
         link.send(Ready(pid=os.getpid(), startup_s=time.monotonic() - started, num_units=self._device.num_units))
+        relieving = self._standby
+        while self._standby and not link.stopping:
+            link.wait(stats_interval_s)  # ends early when the order comes
         link.start_afresh()
+        self._stats = _Stats(time.monotonic())
         while not link.stopping:
             dropped, index = self._backlog.take(time.monotonic())
-            for lost in dropped:
+            for lost in filter(self._is_ours, dropped):
                 self._process(lost, dropped=True)
-            if index is not None:
+            if index is not None and self._clock.arrival_s(index) >= self._until_s:
+                break
+            if index is not None and self._is_ours(index):
                 self._process(index, dropped=False)
+                if relieving:
+                    relieving = False
+                    link.send(TookOver(at_s=self._result_at))
                 link.step()
-            else:
+            elif index is None:
+                if self._clock.next_due() >= self._until_s:
+                    break
                 link.wait(min(self._clock.next_due() - time.monotonic(), stats_interval_s))
             self._swap()
             if time.monotonic() - self._stats.since >= stats_interval_s:
                 self._flush()
         self._flush()
+        if self._until_s < float("inf"):
+            link.send(HandedOver(at_s=self._result_at))
+
+    def _is_ours(self, index: int) -> bool:
+        """Whether a frame came in this worker's time and not in another's of the same stream."""
+        return self._from_s <= self._clock.arrival_s(index) < self._until_s
 
     def _process(self, index: int, *, dropped: bool) -> None:
         frame = self._source.frame(index)
@@ -107,6 +149,10 @@ class StreamServer:
             self._engine.config = command.config
         elif isinstance(command, SwapModel):
             self._wanted = command.checkpoint
+        elif isinstance(command, TakeOver):
+            self._standby, self._from_s = False, command.at_s
+        elif isinstance(command, HandOver):
+            self._until_s = command.at_s
         else:
             _log.warning(line("command_refused", reason=f"{type(command).__name__} while serving"))
 

@@ -126,7 +126,9 @@ class WorkerChanged(Event, frozen=True, kw_only=True, tag="worker_changed"):
     stream_id: Name
     gpu_id: Name
     kind: Literal["inference", "label", "trial", "retrain"]
-    change: Literal["started", "ready", "resized", "reconfigured", "swapped", "finished", "failed", "stopped"]
+    change: Literal[
+        "started", "ready", "resized", "reconfigured", "swapped", "handed_over", "finished", "failed", "stopped"
+    ]
     reason: str
     pid: int = 0
     share: float = 0.0

@@ -56,6 +56,10 @@ class FrameClock:
         """The time, on the clock of ``now``, at which the next frame arrives."""
         return self._origin + self._next / self._fps
 
+    def arrival_s(self, index: int) -> float:
+        """The time, on the clock of ``now``, at which frame ``index`` arrives."""
+        return self._origin + index / self._fps
+
     def lag_s(self, index: int, now: float) -> float:
         """How long ago frame ``index`` arrived."""
         return self.position_s(now) - index / self._fps

@@ -19,6 +19,8 @@ from typing import Any
 from executor.links import (
     Command,
     EpochDone,
+    HandedOver,
+    HandOver,
     JobBroken,
     JobDone,
     Progress,
@@ -32,6 +34,8 @@ from executor.links import (
     SwapModel,
     Swapped,
     SwapRefused,
+    TakeOver,
+    TookOver,
 )
 from protocol.codec import decode, encode
 from protocol.messages import InferenceJob, LabelJob, RetrainJob, TrialJob
@@ -131,6 +135,11 @@ def _work(connection: Connection, job: InferenceJob | LabelJob | TrialJob | Retr
             sys.exit(0)
         if isinstance(command, StopJob) and mode != "ignore_term":
             sys.exit(0)
+        if isinstance(command, HandOver):
+            say(connection, HandedOver(at_s=time.monotonic()))
+            sys.exit(0)
+        if isinstance(command, TakeOver):
+            say(connection, TookOver(at_s=time.monotonic()))
         if isinstance(command, SetShare):
             share = command.share
         elif isinstance(command, SetInference):

@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import pytest
+
 from executor.agent import Replace, Start, Tell
 from executor.limits import RestartPolicy
-from executor.links import JobBroken, JobDone, Progress, Ready, SetShare, SwapModel, Swapped, SwapRefused
+from executor.links import (
+    HandedOver,
+    HandOver,
+    JobBroken,
+    JobDone,
+    Progress,
+    Ready,
+    SetShare,
+    SwapModel,
+    Swapped,
+    SwapRefused,
+    TakeOver,
+    TookOver,
+)
 from executor.outbox import Outbox
 from executor.roster import REMEMBERED, Roster
-from executor.roster_entry import Halt, Launch, Worker
+from executor.roster_entry import Halt, Launch, Order, Worker
 from protocol.events import Notice, WorkerChanged
 from protocol.messages import InferenceJob, Job, JobFailed
 from protocol.schema import CheckpointRef
@@ -165,9 +180,17 @@ def test_a_hand_over_stops_the_old_worker_when_the_new_one_is_ready() -> None:
     roster, _ = make()
     old = begin(roster, model.inference(share=0.2), live=False)
     new = hand_over(roster, old, 1.0)
-    (halt,) = roster.reported(new.worker_id, Ready(pid=2000, startup_s=1.0), 2.0)
+    take, halt = roster.reported(new.worker_id, Ready(pid=2000, startup_s=1.0), 2.0)
+    assert isinstance(take, Order)
+    assert isinstance(take.command, TakeOver)
     assert isinstance(halt, Halt)
-    assert (halt.worker, halt.reason) == (old, "handed_over")
+    assert (take.worker, halt.worker, halt.reason) == (new, old, "handed_over")
+    assert halt.farewell == HandOver(at_s=take.command.at_s)
+    assert take.command.at_s > 2.0
+    roster.reported(new.worker_id, TookOver(at_s=2.3), 2.4)
+    roster.reported(old.worker_id, HandedOver(at_s=2.2), 2.4)
+    (told,) = [e for e in roster.events if isinstance(e, WorkerChanged) and e.change == "handed_over"]
+    assert told.gap_ms == pytest.approx(100.0)
     roster.left(old.worker_id, "exit code 0", 3.0)
     assert [(w.pid, w.state) for w in roster] == [(2000, "ready")]
 
@@ -187,7 +210,7 @@ def test_a_worker_that_dies_during_its_hand_over_is_followed_by_its_successor() 
     old = begin(roster, model.inference(share=0.2), live=False)
     new = hand_over(roster, old, 1.0)
     roster.left(old.worker_id, "crash", 2.0)
-    assert roster.reported(new.worker_id, Ready(pid=2000, startup_s=1.0), 3.0) == []
+    assert roster.reported(new.worker_id, Ready(pid=2000, startup_s=1.0), 3.0) == [Order(new, TakeOver(at_s=3.0))]
     assert [(w.worker_id, w.state) for w in roster] == [(new.worker_id, "ready")]
 
 

@@ -66,15 +66,23 @@ def enter(connection: Connection) -> None:
 class Running:
     """One worker process and its pipe."""
 
-    def __init__(self, store: Path, job: Job, device: str = f"cpu:{CORE}", pace: bool = True) -> None:
+    def __init__(
+        self,
+        store: Path,
+        job: Job,
+        device: str = f"cpu:{CORE}",
+        pace: bool = True,
+        target: Callable[[Connection], None] = enter,
+        **more: object,
+    ) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["executor.preload", "tests.executor.tiny_source"])
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=enter, args=(theirs,))
+        self.process = context.Process(target=target, args=(theirs,))
         self.process.start()
         theirs.close()
         self.reports: list[Report] = []
-        self.send(StartJob(job=job, store=str(store), device=device, pace=pace, stats_interval_s=0.2))
+        self.send(StartJob(job=job, store=str(store), device=device, pace=pace, stats_interval_s=0.2, **more))  # type: ignore[arg-type]
 
     def send(self, command: Command) -> None:
         self.connection.send_bytes(encode(command))
