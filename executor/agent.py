@@ -18,13 +18,14 @@ from collections.abc import Iterable, Set
 from typing import Literal
 
 from executor.links import SetInference, SetShare, SwapModel
+from protocol.events import JobKind
 from protocol.messages import ApplyPlan, InferenceJob, Job, PlanApplied, PlanRefused
 from protocol.plan import PlanVersion
 from protocol.schema import Record
 
 SHARE_TOLERANCE = 1e-6
 
-Kind = Literal["inference", "label", "trial", "retrain"]
+Kind = JobKind
 
 
 class WorkerView(Record, frozen=True, kw_only=True):

@@ -9,6 +9,7 @@ from typing import Literal
 
 from protocol.messages import Job
 from protocol.schema import (
+    CanaryResult,
     CheckpointRef,
     EpochResult,
     InferenceConfig,
@@ -146,7 +147,7 @@ class EpochDone(Record, frozen=True, kw_only=True, tag="epoch_done"):
 class JobDone(Record, frozen=True, kw_only=True, tag="job_done"):
     """The job's result; the worker leaves by itself afterwards."""
 
-    result: LabelResult | TrialResult | RetrainResult
+    result: LabelResult | TrialResult | RetrainResult | CanaryResult
 
 
 class JobBroken(Record, frozen=True, kw_only=True, tag="job_broken"):

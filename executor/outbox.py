@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from protocol.messages import JobFailed, LabelsDone, RetrainDone, TrialsDone
+from protocol.messages import CanaryDone, JobFailed, LabelsDone, RetrainDone, TrialsDone
 
-LastingEvent = LabelsDone | TrialsDone | RetrainDone | JobFailed
+LastingEvent = LabelsDone | TrialsDone | RetrainDone | CanaryDone | JobFailed
 
 
 class Outbox:

@@ -34,6 +34,7 @@ from executor.outbox import LastingEvent, Outbox
 from executor.roster_entry import Effect, Halt, Launch, Order, Worker
 from protocol.events import Notice, RetrainProgress, TelemetryEvent, WorkerChanged
 from protocol.messages import (
+    CanaryDone,
     InferenceJob,
     Job,
     JobFailed,
@@ -43,7 +44,7 @@ from protocol.messages import (
     WorkerState,
     WorkerStatus,
 )
-from protocol.schema import CheckpointRef, LabelResult, TrialResult
+from protocol.schema import CanaryResult, CheckpointRef, LabelResult, TrialResult
 
 HAND_OVER_LEAD_S = 0.05
 """How long before its time a hand-over is announced to both workers: more than an order takes to be read."""
@@ -328,6 +329,8 @@ class Roster:
             event = LabelsDone(event_id=event_id, executor_id=self._executor_id, job_id=job_id, result=result)
         elif isinstance(result, TrialResult):
             event = TrialsDone(event_id=event_id, executor_id=self._executor_id, job_id=job_id, result=result)
+        elif isinstance(result, CanaryResult):
+            event = CanaryDone(event_id=event_id, executor_id=self._executor_id, job_id=job_id, result=result)
         else:
             event = RetrainDone(event_id=event_id, executor_id=self._executor_id, job_id=job_id, result=result)
         self._outbox.add(event)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from executor.child import die_with_parent
+from executor.learning.canary import compare
 from executor.learning.device import Device, is_out_of_memory, take_device
 from executor.learning.labeling import label
 from executor.learning.retraining import retrain
@@ -32,8 +33,8 @@ from executor.worker_link import Link, ParentGoneError, receive
 from protocol.codec import encode
 from protocol.errors import CheckpointError, DeviceError, InputError, ProtocolError
 from protocol.logs import line
-from protocol.messages import InferenceJob, LabelJob, RetrainJob, TrialJob
-from protocol.schema import LabelResult, RetrainResult, StreamSpec, TrialResult
+from protocol.messages import CanaryJob, InferenceJob, LabelJob, RetrainJob, TrialJob
+from protocol.schema import CanaryResult, LabelResult, RetrainResult, StreamSpec, TrialResult
 
 _log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ def _run(
 
 def _work(
     start: StartJob, device: Device, link: Link, source: FrameSource | None, started: float
-) -> LabelResult | TrialResult | RetrainResult | None:
+) -> LabelResult | TrialResult | RetrainResult | CanaryResult | None:
     job, store = start.job, Path(start.store)
     # Golden errors differ between streams, and stay the same when a frame is labelled again.
     seed = zlib.crc32(job.stream.stream_id.encode())
@@ -116,6 +117,8 @@ def _work(
         return label(job, source, store, device, link, seed)
     if isinstance(job, TrialJob):
         return run_trials(job, source, store, device, link, seed, ready)
+    if isinstance(job, CanaryJob):
+        return compare(job, source, store, device, link, seed, ready)
     raise InputError(f"no such kind of job: {type(job).__name__}")
 
 

@@ -110,6 +110,10 @@ class Asker:
             state.profiling_share = quanta * self._site.share_quantum
             self.want("profiling has to do with less")
             return
+        if state.watch_share > 0.0 and any(stream.canary for stream in state.streams.values()):
+            state.watch_share = 0.0  # comparisons make do with what plans leave over
+            self.want("comparing models has to do with less")
+            return
         out = questions.too_many(question.problem)
         if len(question.problem.streams) > len(out):
             state.shed += out

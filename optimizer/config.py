@@ -60,9 +60,33 @@ class ProfilingConfig(Record, frozen=True, kw_only=True):
 
 
 class GateConfig(Record, frozen=True, kw_only=True):
-    """A retrained model goes live only if it is better on held-out labels by more than ``margin``."""
+    """When a retrained model goes live and when it is rolled back (optimizer/gate.py has the tests).
+
+    ``margin``: by how much it has to be better on held-out labels, with ``confidence`` to go live at once; it is
+    refused when it is worse with ``refusal_confidence``, or no different on ``tie_objects`` road users or more.
+    ``benefit_of_doubt``: one in between is compared on fresh labels first; false refuses it. ``canary_s``: how long
+    models are compared on fresh labels at most, before (on trial) and after (canary) they go live; 0 = no canary, what
+    the gate says is final. ``keep_confidence``: a live model stays at the end of its canary unless the confidence
+    that it is better is below this. ``alarm``: chance of calling a model worse that is not, over all looks.
+    ``step_s``: time between two looks; ``label_fps``: frames labelled per second meanwhile; ``share``: GPU share kept
+    for it. ``penalty_windows``: a configuration that was rolled back, refused as worse, or failed is not tried again
+    on that stream for so many windows. ``always_promote``: no gate at all, as in systems that deploy whatever comes
+    out of training; for comparisons.
+    """
 
     margin: Fraction = 0.01
+    confidence: Annotated[float, msgspec.Meta(ge=0.5, lt=1.0)] = 0.8
+    refusal_confidence: Annotated[float, msgspec.Meta(ge=0.5, lt=1.0)] = 0.95
+    keep_confidence: Annotated[float, msgspec.Meta(ge=0.0, le=0.5)] = 0.3
+    tie_objects: PositiveInt = 20
+    benefit_of_doubt: bool = True
+    canary_s: Seconds = 60.0
+    alarm: Annotated[float, msgspec.Meta(gt=0.0, lt=0.5)] = 0.02
+    step_s: PositiveSeconds = 5.0
+    label_fps: Annotated[float, msgspec.Meta(gt=0.0)] = 2.0
+    share: Share = 0.1
+    penalty_windows: Annotated[int, msgspec.Meta(ge=0)] = 2
+    always_promote: bool = False
 
 
 class SiteConfig(Record, frozen=True, kw_only=True):

@@ -22,7 +22,6 @@ from optimizer.config import SiteConfig
 from optimizer.dispatching import Dispatcher
 from optimizer.emitter import Emitter
 from optimizer.following import serving_job_id
-from optimizer.gate import accuracy_when_live, decide
 from optimizer.pipeline import Pipeline
 from optimizer.ports import (
     ExecutorGone,
@@ -37,6 +36,7 @@ from optimizer.ports import (
     Tick,
 )
 from optimizer.state import ExecutorState, SiteState, StreamState
+from optimizer.watching import Watcher
 from protocol import messages as m
 from protocol.events import ExecutorChanged, RetrainFinished, WindowOpened
 from protocol.plan import PlanVersion
@@ -67,6 +67,7 @@ class Coordinator:
         self._emit = Emitter()
         self._asker = Asker(site, state, self.executors, self._emit)
         self._carrier = Carrier(state, self._specs, self.executors)
+        self._watcher = Watcher(site, state, self._specs, self.executors, profiler, self._emit, self._asker.want)
         self._closer = Closer(self._specs, profiler, self._emit)
         self._dispatcher = Dispatcher(state, self._specs, self.executors, self._emit)
         self._over = False
@@ -99,10 +100,13 @@ class Coordinator:
                 pass
         self._advance(now)
         if not self._adopting and not self._over:
+            if self.state.phase in WINDOW_PHASES:
+                self._watcher.advance(now)
             self._asker.ask_if_wanted(now)
             if self.state.phase != "finished":
                 self._carrier.follow(now)
                 self._carrier.let_go(now)
+                self._watcher.assign(now)
                 self._dispatcher.dispatch(now)
         return self._emit.take()
 
@@ -174,6 +178,7 @@ class Coordinator:
         """The jobs of an executor died with it; its streams are to be served elsewhere."""
         self._dispatcher.forget(executor_id)
         self.state.pipeline.pop(executor_id, None)
+        self._watcher.forget(executor_id)
         for stream in self.state.streams.values():
             if stream.serving_executor == executor_id:
                 stream.serving_executor = ""
@@ -188,6 +193,7 @@ class Coordinator:
             return
         homes = {s.serving_executor for s in self.state.streams.values() if s.serving_executor}
         homes |= {s.running.executor_id for s in self.state.streams.values() if s.running}
+        homes |= {s.canary.executor_id for s in self.state.streams.values() if s.canary and s.canary.job}
         homes |= set(self.state.pipeline)
         missing = homes - set(self.executors)
         if missing and now < self._adopt_until_s:
@@ -205,7 +211,7 @@ class Coordinator:
     # ------------------------------------------------------------ messages
 
     def _received(self, executor: ExecutorState, message: m.Up, now: float) -> None:
-        if isinstance(message, m.LabelsDone | m.TrialsDone | m.RetrainDone | m.JobFailed):
+        if isinstance(message, m.LabelsDone | m.TrialsDone | m.RetrainDone | m.CanaryDone | m.JobFailed):
             self._emit.send(executor.executor_id, m.Ack(event_id=message.event_id))
             self._emit.save()
         match message:
@@ -226,8 +232,10 @@ class Coordinator:
                 self._emit.add(*self._pipeline.tried(job_id, trials))
             case m.RetrainDone():
                 self._retrained(message, now)
+            case m.CanaryDone(job_id=job_id, result=comparison):
+                self._watcher.compared(job_id, comparison, now)
             case m.JobFailed():
-                self._failed(message)
+                self._failed(message, now)
             case _:
                 pass
 
@@ -241,12 +249,11 @@ class Coordinator:
                 self._finish(2, f"the first model of {result.stream_id} cannot be made: {result.reason}")
             return
         running = stream.running if stream.running and stream.running.job.job_id == message.job_id else None
-        promoted, reason = decide(result, self.site.gate, stream.checkpoint.version)
-        if promoted and result.checkpoint is not None:
-            stream.checkpoint, stream.swapped = result.checkpoint, True
-            if stream.profile is not None:
-                live = accuracy_when_live(stream.profile.accuracy_now, result)
-                stream.profile = msgspec.structs.replace(stream.profile, accuracy_now=live)
+        if result.checkpoint is not None and result.checkpoint.version <= stream.judged_version:
+            return  # it was said before
+        base = running.job.checkpoint if running else None
+        verdict = self._watcher.retrained(stream, result, base, now)
+        promoted = verdict.decision == "promoted"
         if running is not None:
             self._settle(stream)
             self._asker.want(f"retraining of {result.stream_id} ended")
@@ -269,18 +276,21 @@ class Coordinator:
                 seconds=result.busy_s,
                 seconds_predicted=running.work_s if running else None,
                 promoted=promoted,
-                reason=reason if running else f"ended after its window: {reason}",
+                reason=verdict.reason if running else f"ended after its window: {verdict.reason}",
             )
         )
 
-    def _failed(self, message: m.JobFailed) -> None:
+    def _failed(self, message: m.JobFailed, now: float) -> None:
         self._emit.notice("error", f"{message.kind} job of {message.stream_id} failed: {message.reason}")
         stream = self.state.streams.get(message.stream_id)
         if stream is None:
             return
         if stream.running and stream.running.job.job_id == message.job_id:
+            self._watcher.penalise(stream, stream.running.retrain_id)
             self._settle(stream)
             self._asker.want(f"retraining of {message.stream_id} failed")
+        elif self._watcher.failed(message.job_id, now):
+            pass
         elif self._pipeline.failed(message.job_id) and self.state.phase == "bootstrap":
             self._finish(2, f"stream {message.stream_id} cannot be started: {message.reason}")
 
@@ -327,6 +337,7 @@ class Coordinator:
         state.window, state.window_opened_s = window, opened_s
         state.plan, state.ended, state.pipeline, state.room_made = None, [], {}, first
         state.profiling_share, state.shed = self.site.profiling.share, []
+        state.watch_share = self.site.gate.share
         state.phase = "planning" if first else "profiling"
         for stream in state.streams.values():
             # The first window is planned on what the bootstrap has just measured.
@@ -334,6 +345,7 @@ class Coordinator:
             stream.running, stream.settled, stream.swapped, stream.retrain_id = None, False, False, ""
             stream.shortfall = self._closer.shortfall(stream, window - 1)
             stream.predicted = None
+            stream.penalties = {name: last for name, last in stream.penalties.items() if last >= window}
         for executor in self.executors.values():
             self._learn_shares(executor)
         self._emit.publish(
@@ -353,6 +365,7 @@ class Coordinator:
         state = self.state
         self._closer.window_over(state, now)
         if self._num_windows is not None and state.window + 1 >= self._num_windows:
+            self._watcher.conclude(now)
             state.phase = "finished"
             self._asker.forget()
             return

@@ -1,25 +1,146 @@
-"""The gate: a retrained model goes live only if it is better. Pure functions."""
+"""Whether a retrained model goes live, stays live, or is rolled back. Pure functions of paired counts.
+
+Both models classify the same labels, and every road user has one vote: won (only or more often right with the new
+model) or lost; the others say nothing. Under "neither is better" every vote is a fair coin.
+
+1. Gate, on the held-out labels of the retraining. ``confidence`` (mid-p sign test) that the new model is better, a
+   head start of ``margin`` given to the old one:  >= ``confidence`` -> live;  too sure of the contrary -> refused;
+   in between -> on trial. A tie is never enough.
+2. Shadow: a model on trial is compared on fresh labels of the live stream while the old one serves; the same test on
+   held-out and fresh votes together. At its end, without the confidence, the benefit of the doubt goes to a model
+   that leads on both together.
+3. Canary: a model that is live is compared with the one before it on labels of frames after the swap only. An e-value
+   (a bet against "the new one is no worse" that pays fairly however often one looks) ends it at once, in either
+   direction; at the end of the period the model goes if the confidence in it is below ``keep_confidence``.
+
+The e-value: Shafer, "Testing by betting" (2021); mid-p: Fagerland, Lydersen, Laake (2013).
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Literal
+
 from optimizer.config import GateConfig
-from protocol.schema import RetrainResult
+from protocol.schema import PairedCounts, Record, RetrainResult
+
+# A bettor's beliefs about the chance that the losing model wins a vote; equal parts of the stake on each.
+_BELIEFS = (0.05, 0.15, 0.25, 0.35, 0.45)
+
+# With more votes than this the binomial is normal to within a thousandth.
+_EXACT = 1000
 
 
-def decide(result: RetrainResult, config: GateConfig, serving_version: int) -> tuple[bool, str]:
-    """Whether the retrained model replaces the serving one, and why (for people).
+class Verdict(Record, frozen=True, kw_only=True):
+    """A decision and its evidence. ``confidence``: that the new model is better, None without a vote."""
 
-    Accuracies are those of both models on the same held-out labels, so a tie keeps the serving model.
+    decision: Literal["promoted", "on_trial", "refused", "kept", "rolled_back"]
+    confidence: float | None
+    reason: str
+
+
+def confidence_better(counts: PairedCounts, margin: float = 0.0) -> float | None:
+    """1 - mid-p of a one-sided sign test that the new model is better than the old one by ``margin`` (0..1).
+
+    The margin is a head start: so many of the road users count as votes for the old model. None without a vote.
     """
+    won, lost = counts.num_won, counts.num_lost + round(margin * counts.num_objects)
+    n = won + lost
+    if n == 0:
+        return None
+    if n > _EXACT:
+        return 0.5 * math.erfc((lost - won) / math.sqrt(2.0 * n))
+    below: int = 2 * sum(math.comb(n, k) for k in range(won)) + math.comb(n, won)
+    return below / (2 << n)
+
+
+def e_value(num_for: int, num_against: int) -> float:
+    """How much a bet against "votes of the first kind are no more likely than the others" has multiplied its stake.
+
+    At least 1 / alpha happens with probability alpha at most when that is true, however often one looks.
+    """
+    log = [num_for * math.log(2.0 * (1.0 - p)) + num_against * math.log(2.0 * p) for p in _BELIEFS]
+    top = max(log)
+    return math.exp(min(700.0, top)) * sum(math.exp(value - top) for value in log) / len(log)
+
+
+def judge_retraining(result: RetrainResult, config: GateConfig, serving_version: int) -> Verdict:
+    """The gate: ``promoted``, ``on_trial`` or ``refused``."""
     if result.checkpoint is None:
-        return False, result.reason or "no model came out of the retraining"
+        return _refused(None, result.reason or "no model came out of the retraining")
     if result.checkpoint.version <= serving_version:
-        return False, f"version {result.checkpoint.version} is not newer than the serving version {serving_version}"
-    gain = result.accuracy_after - result.accuracy_before
-    evidence = f"{result.accuracy_before:.3f} -> {result.accuracy_after:.3f} on {result.num_validation} held-out labels"
-    if gain <= config.margin:
-        return False, f"{evidence}: not better by more than {config.margin:g}"
-    return True, evidence
+        version = result.checkpoint.version
+        return _refused(None, f"version {version} is not newer than the serving version {serving_version}")
+    if config.always_promote:
+        return Verdict(decision="promoted", confidence=confidence_better(result.paired), reason="there is no gate")
+    evidence = (
+        f"{result.accuracy_before:.3f} -> {result.accuracy_after:.3f} on {result.num_validation} held-out labels, "
+        f"{_votes(result.paired)}"
+    )
+    confidence = confidence_better(result.paired, config.margin)
+    if confidence is None:
+        if result.paired.num_objects >= config.tie_objects:
+            return _refused(None, f"{evidence}: a tie")
+        confidence = 0.5
+    if confidence >= config.confidence and result.accuracy_after - result.accuracy_before > config.margin:
+        return Verdict(decision="promoted", confidence=confidence, reason=f"{evidence}: better")
+    if confidence <= 1.0 - config.refusal_confidence:
+        return _refused(confidence, f"{evidence}: worse")
+    if not config.benefit_of_doubt or config.canary_s == 0.0:
+        return _refused(confidence, f"{evidence}: not better with a confidence of {config.confidence:.0%}")
+    return Verdict(decision="on_trial", confidence=confidence, reason=f"{evidence}: not sure, watched on fresh labels")
+
+
+def judge_shadow(held_out: PairedCounts, fresh: PairedCounts, config: GateConfig, *, over: bool) -> Verdict | None:
+    """A model on trial: ``promoted`` or ``refused``, None while it is to be watched further. ``over``: time is up."""
+    both = add(held_out, fresh)
+    confidence = confidence_better(both, config.margin)
+    evidence = f"{_votes(fresh)} on fresh labels, {_votes(both)} in all"
+    if confidence is not None and fresh.num_won + fresh.num_lost > 0:
+        if confidence >= config.confidence and fresh.num_won > fresh.num_lost:
+            return Verdict(decision="promoted", confidence=confidence, reason=f"{evidence}: better")
+        if confidence <= 1.0 - config.refusal_confidence:
+            return _refused(confidence, f"{evidence}: worse")
+    if not over:
+        return None
+    if both.num_won > both.num_lost:
+        return Verdict(decision="promoted", confidence=confidence, reason=f"{evidence}: the benefit of the doubt")
+    return _refused(confidence, f"{evidence}: not better")
+
+
+def judge_canary(fresh: PairedCounts, config: GateConfig, *, proven: bool, over: bool) -> Verdict | None:
+    """A live model: ``kept`` or ``rolled_back``, None while it is to be watched further.
+
+    ``proven``: it went live with the gate's confidence; one that did not needs more here (halfway to even).
+    """
+    won, lost = fresh.num_won, fresh.num_lost
+    confidence = confidence_better(fresh)
+    evidence = f"{_votes(fresh)} on labels after the swap"
+    if e_value(lost, won) >= 1.0 / config.alarm:
+        return Verdict(decision="rolled_back", confidence=confidence, reason=f"{evidence}: worse")
+    if e_value(won, lost) >= 1.0 / config.alarm:
+        return Verdict(decision="kept", confidence=confidence, reason=f"{evidence}: better")
+    if not over:
+        return None
+    enough = config.keep_confidence if proven else (config.keep_confidence + 0.5) / 2.0
+    if (0.5 if confidence is None else confidence) >= enough:
+        return Verdict(decision="kept", confidence=confidence, reason=f"{evidence}: not worse by the end of its canary")
+    return Verdict(decision="rolled_back", confidence=confidence, reason=f"{evidence}: most likely worse")
+
+
+def add(a: PairedCounts, b: PairedCounts) -> PairedCounts:
+    """Votes of two stretches together."""
+    return PairedCounts(
+        num_objects=a.num_objects + b.num_objects, num_won=a.num_won + b.num_won, num_lost=a.num_lost + b.num_lost
+    )
+
+
+def _refused(confidence: float | None, reason: str) -> Verdict:
+    return Verdict(decision="refused", confidence=confidence, reason=reason)
+
+
+def _votes(counts: PairedCounts) -> str:
+    return f"{counts.num_won} : {counts.num_lost} of {counts.num_objects} road users"
 
 
 # How far the held-out split's hardness is taken off: the split and all labels of a window err alike only in part.

@@ -60,18 +60,24 @@ def make_problem(
 ) -> Problem | None:
     """What is to be planned now, None when no executor or no profiled stream is there.
 
-    ``reserved_share`` is kept free on every GPU; ``left_s`` is what is left of the window, seconds.
+    ``reserved_share`` is kept free on every GPU, and the site's ``watch_share`` besides where a new model is compared
+    with the old one; ``left_s`` is what is left of the window, seconds.
     """
     specs = {spec.stream_id: spec for spec in site.streams}
     streams = tuple(
-        _stream(stream, specs[stream.stream_id], executors, now, with_retraining)
+        _stream(stream, specs[stream.stream_id], executors, now, with_retraining, state.window)
         for stream in state.streams.values()
         if stream.checkpoint and stream.profile and stream.stream_id not in state.shed
     )
     if not streams or not executors:
         return None
+    watching = {s.serving_executor for s in state.streams.values() if s.canary}
     gpus = tuple(
-        msgspec.structs.replace(executor.gpu, gpu_id=executor_id, reserved_share=reserved_share)
+        msgspec.structs.replace(
+            executor.gpu,
+            gpu_id=executor_id,
+            reserved_share=min(1.0, reserved_share + (state.watch_share if executor_id in watching else 0.0)),
+        )
         for executor_id, executor in sorted(executors.items())
     )
     return Problem(
@@ -113,13 +119,14 @@ def _stream(
     executors: Mapping[str, ExecutorState],
     now: float,
     with_retraining: bool,
+    window: int,
 ) -> StreamProfile:
     assert stream.profile is not None
     choices: tuple[RetrainProfile, ...] = ()
     if with_retraining and not stream.settled:
         running = stream.running
         if running is None:
-            choices = stream.profile.retrain
+            choices = tuple(p for p in stream.profile.retrain if stream.penalties.get(p.retrain_id, -1) < window)
         elif running.executor_id in executors:
             known = next((p for p in stream.profile.retrain if p.retrain_id == running.retrain_id), None)
             if known is not None:

@@ -17,6 +17,7 @@ from optimizer.report_comparison import build_comparison, comparison_table, writ
 from optimizer.report_contention import build_contention
 from optimizer.report_data import (
     ConditionRow,
+    GateRow,
     Report,
     RetrainRow,
     ShareRow,
@@ -30,6 +31,7 @@ from optimizer.report_tables import final_table
 from protocol.errors import InputError
 from protocol.events import (
     ExecutorChanged,
+    GateDecided,
     JobShare,
     Notice,
     PlannedStream,
@@ -110,6 +112,7 @@ def build_report(events: Sequence[TelemetryEvent], *, site: str = "") -> Report:
         windows=windows,
         solves=tuple(_solve_row(e) for e in solves),
         retrainings=tuple(_retrain_row(e) for e in events if isinstance(e, RetrainFinished)),
+        gates=tuple(_gate_row(e) for e in events if isinstance(e, GateDecided)),
         swaps=tuple(
             SwapRow(site_s=e.site_s, stream_id=e.stream_id, gap_ms=e.gap_ms)
             for e in events
@@ -230,6 +233,27 @@ def _retrain_row(e: RetrainFinished) -> RetrainRow:
         seconds=e.seconds,
         seconds_predicted=e.seconds_predicted,
         promoted=e.promoted,
+        reason=e.reason,
+    )
+
+
+def _gate_row(e: GateDecided) -> GateRow:
+    return GateRow(
+        site_s=e.site_s,
+        stream_id=e.stream_id,
+        window=e.window,
+        stage=e.stage,
+        decision=e.decision,
+        retrain_id=e.retrain_id,
+        version=e.version,
+        previous_version=e.previous_version,
+        accuracy_candidate=e.accuracy_candidate,
+        accuracy_previous=e.accuracy_previous,
+        num_objects=e.paired.num_objects,
+        num_won=e.paired.num_won,
+        num_lost=e.paired.num_lost,
+        confidence=e.confidence,
+        seconds=e.seconds,
         reason=e.reason,
     )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from protocol.events import JobKind
 from protocol.schema import Record
 
 
@@ -79,6 +80,27 @@ class RetrainRow(Record, frozen=True, kw_only=True):
     reason: str
 
 
+class GateRow(Record, frozen=True, kw_only=True):
+    """What became of a retrained model at one of its tests. Votes are one per road user; ``seconds``: of the stage."""
+
+    site_s: float
+    stream_id: str
+    window: int
+    stage: str
+    decision: str
+    retrain_id: str
+    version: int
+    previous_version: int
+    accuracy_candidate: float | None
+    accuracy_previous: float | None
+    num_objects: int
+    num_won: int
+    num_lost: int
+    confidence: float | None
+    seconds: float
+    reason: str
+
+
 class SwapRow(Record, frozen=True, kw_only=True):
     """A new model took over a stream. ``gap_ms``: longest time between two results around it."""
 
@@ -103,7 +125,7 @@ class ShareRow(Record, frozen=True, kw_only=True):
     """
 
     gpu_id: str
-    kind: Literal["inference", "label", "trial", "retrain"]
+    kind: JobKind
     granted: float
     achieved: float
     num_reports: int
@@ -156,6 +178,7 @@ class Report(Record, frozen=True, kw_only=True):
     windows: tuple[WindowRow, ...]
     solves: tuple[SolveRow, ...]
     retrainings: tuple[RetrainRow, ...]
+    gates: tuple[GateRow, ...]
     swaps: tuple[SwapRow, ...]
     conditions: tuple[ConditionRow, ...]
     shares: tuple[ShareRow, ...]

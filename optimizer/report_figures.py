@@ -27,8 +27,14 @@ from protocol.events import TelemetryEvent
 COLOURS = ("#3b82c4", "#e08a1e", "#2a9d72", "#c765a0", "#8a6fd1", "#c2a61d", "#2ea6bd", "#d0584f")
 INK, FAINT, PAPER = "#010203", "#040506", "#070809"
 _MARKERS = {INK: "var(--ink)", FAINT: "var(--faint)", PAPER: "var(--card)"}
-HATCHES = {"inference": "", "retrain": "////", "trial": "xxxx", "label": "||||"}
-KIND_NAMES = {"inference": "inference", "retrain": "retraining", "trial": "micro-profiling", "label": "labelling"}
+HATCHES = {"inference": "", "retrain": "////", "trial": "xxxx", "label": "||||", "canary": "...."}
+KIND_NAMES = {
+    "inference": "inference",
+    "retrain": "retraining",
+    "trial": "micro-profiling",
+    "label": "labelling",
+    "canary": "canary",
+}
 WIDTH_IN = 11.0
 
 _STYLE: dict[Any, Any] = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
@@ -15,6 +15,8 @@ from optimizer.report_figures import (
     share_figure,
     stream_colours,
 )
+from optimizer.report_gates import gate_table
+from optimizer.report_pieces import count, dot, fold, seconds, strong, table
 from optimizer.report_style import STYLE
 from optimizer.report_tables import percent
 from protocol.events import TelemetryEvent
@@ -28,9 +30,9 @@ def report_page(report: Report, events: Sequence[TelemetryEvent]) -> str:
         for part in (
             report.site,
             f"policy {report.policy}" if report.policy else "",
-            _count(len(report.streams), "stream"),
-            f"{_count(len(report.windows), 'window')} of {report.window_s:.0f} s",
-            _count(len(report.gpus), "GPU"),
+            count(len(report.streams), "stream"),
+            f"{count(len(report.windows), 'window')} of {report.window_s:.0f} s",
+            count(len(report.gpus), "GPU"),
             when,
         )
         if part
@@ -62,6 +64,12 @@ def report_page(report: Report, events: Sequence[TelemetryEvent]) -> str:
                 "Accuracies on the same held-out labels, before and after. Only a promoted model goes live.",
                 _retrain_table(report),
             ),
+            _section(
+                "Models on their way",
+                "Every test of a retrained model: at the gate on held-out labels, in the shadow and as a canary on"
+                " fresh labels of the live stream. One vote per road user; confidence that the new model is better.",
+                gate_table(report),
+            ),
             _section("Planner", _solve_text(report), _solve_table(report)),
             _section("Granted and achieved GPU shares", "Means over the reports of all jobs.", _share_table(report)),
             _section("Notices", "", _notices(report)),
@@ -74,13 +82,13 @@ def comparison_page(comparison: Comparison) -> str:
     """HTML of an experiment's comparison."""
     rows = [
         (
-            _strong(row.policy),
+            strong(row.policy),
             percent(row.mean_realised),
             "–" if not row.windows else f"{percent(min(row.windows))} – {percent(max(row.windows))}",
             percent(row.mean_predicted),
             percent(row.mean_abs_error),
             f"{row.num_promoted} of {row.num_retrainings}",
-            _seconds(row.median_solve_s),
+            seconds(row.median_solve_s),
             str(row.num_runs),
         )
         for row in comparison.policies
@@ -96,7 +104,7 @@ def comparison_page(comparison: Comparison) -> str:
         "runs",
     )
     body = _section("Window-averaged accuracy per policy", "", comparison_figure(comparison))
-    body += _section("Table", "", _table(heads, rows))
+    body += _section("Table", "", table(heads, rows))
     return _page("Ekya policy comparison", comparison.site, body)
 
 
@@ -109,6 +117,8 @@ def _tiles(report: Report) -> str:
     frames = sum(row.num_frames for window in report.windows for row in window.streams)
     dropped = sum(row.num_dropped for window in report.windows for row in window.streams)
     promoted = sum(row.promoted for row in report.retrainings)
+    promoted += sum(row.decision == "promoted" and row.stage == "shadow" for row in report.gates)
+    rolled_back = sum(row.decision == "rolled_back" for row in report.gates)
     contention = report.contention.best_share_of_machine
     tiles = [
         ("realised accuracy", f"{percent(report.mean_realised)} %", "window-averaged, mean over streams and windows"),
@@ -117,11 +127,12 @@ def _tiles(report: Report) -> str:
         (
             "models promoted",
             f"{promoted} of {len(report.retrainings)}",
-            f"{_count(len(report.swaps), 'hot swap')}, {_count(len(report.conditions), 'drift event')}",
+            f"{count(len(report.swaps), 'hot swap')}, {count(rolled_back, 'roll-back')},"
+            f" {count(len(report.conditions), 'drift event')}",
         ),
         (
             "median solve time",
-            _seconds(statistics.median(s.seconds for s in solves) if solves else None),
+            seconds(statistics.median(s.seconds for s in solves) if solves else None),
             f"median gap {100 * statistics.median(gaps):.2g} %" if gaps else "no bound proven",
         ),
         ("machine needed", f"{percent(contention, 0)} %", "to serve all at the best inference configuration"),
@@ -155,15 +166,15 @@ def _accuracy_table(report: Report) -> str:
         if any(found):
             errors = [r.abs_error for r in found if r is not None and r.abs_error is not None]
             mean = statistics.fmean(errors) if errors else None
-            rows.append((_dot(stream, colours), *(_accuracy_cell(r) for r in found), percent(mean)))
+            rows.append((dot(stream, colours), *(_accuracy_cell(r) for r in found), percent(mean)))
     rows.append(
         (
-            _strong("all streams"),
+            strong("all streams"),
             *(f"{percent(w.realised)} <small>({percent(w.predicted)})</small>" for w in report.windows),
-            _strong(percent(report.mean_abs_error)),
+            strong(percent(report.mean_abs_error)),
         )
     )
-    return f'<div class="grow">{_table(heads, rows)}<p class="hint">realised % <small>(predicted)</small></p></div>'
+    return f'<div class="grow">{table(heads, rows)}<p class="hint">realised % <small>(predicted)</small></p></div>'
 
 
 def _accuracy_cell(row: StreamWindowRow | None) -> str:
@@ -176,9 +187,9 @@ def _accuracy_cell(row: StreamWindowRow | None) -> str:
 def _plan_text(report: Report) -> str:
     c = report.contention
     return (
-        f"{_count(c.num_distinct_plans, 'distinct choice')} of configurations. In {c.windows_with_different_plans} of"
-        f" {_count(len(report.windows), 'window')} streams are treated differently; for"
-        f" {c.streams_with_changing_plans} of {_count(len(report.streams), 'stream')} the choice changes from window"
+        f"{count(c.num_distinct_plans, 'distinct choice')} of configurations. In {c.windows_with_different_plans} of"
+        f" {count(len(report.windows), 'window')} streams are treated differently; for"
+        f" {c.streams_with_changing_plans} of {count(len(report.streams), 'stream')} the choice changes from window"
         " to window. A cell: inference configuration (→ the one after the swap) with its share, below it the"
         " retraining."
     )
@@ -195,8 +206,8 @@ def _plan_table(report: Report) -> str:
             row = next((r for r in window.streams if r.stream_id == stream and r.inference_id), None)
             cells.append("–" if row is None else _plan_cell(row, tints))
         if any(cell != "–" for cell in cells):
-            rows.append((_dot(stream, colours), *cells))
-    return _table(("stream", *(f"window {w.window}" for w in report.windows)), rows, "plans") if rows else ""
+            rows.append((dot(stream, colours), *cells))
+    return table(("stream", *(f"window {w.window}" for w in report.windows)), rows, "plans") if rows else ""
 
 
 def _plan_cell(row: StreamWindowRow, tints: dict[str, int]) -> str:
@@ -221,7 +232,7 @@ def _contention_text(report: Report) -> str:
     ratio = f"at least {c.cost_ratio:.0f}×" if c.cost_ratio is not None else "an unknown factor"
     return (
         "Serving all streams at their most accurate inference configuration takes"
-        f" {percent(c.best_share_of_machine, 0)} % of {_count(c.num_gpus, 'GPU')}; within every stream and window"
+        f" {percent(c.best_share_of_machine, 0)} % of {count(c.num_gpus, 'GPU')}; within every stream and window"
         f" retraining configurations differ by {ratio} in cost."
     )
 
@@ -231,18 +242,18 @@ def _contention_table(report: Report) -> str:
     rows = [
         (
             str(p.window),
-            _dot(p.stream_id, colours),
+            dot(p.stream_id, colours),
             escape(p.best_inference_id),
             f"{100 * p.best_inference_share:.0f} %",
             str(p.num_retrain),
-            _seconds(p.cheapest_s),
-            _seconds(p.dearest_s),
+            seconds(p.cheapest_s),
+            seconds(p.dearest_s),
             f"{p.dearest_s / p.cheapest_s:.0f}×" if p.cheapest_s and p.dearest_s else "–",
         )
         for p in report.contention.profiles
     ]
     heads = ("window", "stream", "best inference", "its share", "retrainings", "cheapest", "dearest", "ratio")
-    return _fold(_table(heads, rows), f"{len(rows)} estimated profiles") if rows else ""
+    return fold(table(heads, rows), f"{len(rows)} estimated profiles") if rows else ""
 
 
 def _retrain_table(report: Report) -> str:
@@ -250,12 +261,12 @@ def _retrain_table(report: Report) -> str:
     rows = [
         (
             str(r.window),
-            _dot(r.stream_id, colours),
+            dot(r.stream_id, colours),
             escape(r.retrain_id),
-            f"{percent(r.accuracy_before)} → {_strong(percent(r.accuracy_after))}",
+            f"{percent(r.accuracy_before)} → {strong(percent(r.accuracy_after))}",
             percent(r.accuracy_predicted),
-            _seconds(r.seconds),
-            _seconds(r.seconds_predicted),
+            seconds(r.seconds),
+            seconds(r.seconds_predicted),
             '<span class="yes">promoted</span>' if r.promoted else '<span class="no">refused</span>',
             escape(r.reason),
         )
@@ -272,14 +283,14 @@ def _retrain_table(report: Report) -> str:
         "gate",
         "reason",
     )
-    return _table(heads, rows) if rows else ""
+    return table(heads, rows) if rows else ""
 
 
 def _solve_text(report: Report) -> str:
     replans = sum(s.phase == "replan" for s in report.solves)
     fallbacks = sum(s.status == "fallback" for s in report.solves)
     return (
-        f"{_count(len(report.solves), 'plan')}, {replans} of them re-plans of a running window, {fallbacks} made by a"
+        f"{count(len(report.solves), 'plan')}, {replans} of them re-plans of a running window, {fallbacks} made by a"
         " fallback."
     )
 
@@ -296,13 +307,13 @@ def _solve_table(report: Report) -> str:
             percent(s.predicted),
             percent(s.bound),
             "–" if s.gap is None else f"{100 * s.gap:.2f} %",
-            _seconds(s.seconds),
+            seconds(s.seconds),
             escape(s.detail),
         )
         for s in report.solves
     ]
     heads = ("plan", "at", "phase", "why", "policy", "status", "value %", "bound %", "gap", "took", "detail")
-    return _fold(_table(heads, rows), f"{len(rows)} plans") if rows else ""
+    return fold(table(heads, rows), f"{len(rows)} plans") if rows else ""
 
 
 def _share_table(report: Report) -> str:
@@ -317,7 +328,7 @@ def _share_table(report: Report) -> str:
         )
         for s in report.shares
     ]
-    return _table(("GPU", "kind of job", "granted", "achieved", "achieved / granted", "reports"), rows) if rows else ""
+    return table(("GPU", "kind of job", "granted", "achieved", "achieved / granted", "reports"), rows) if rows else ""
 
 
 def _notices(report: Report) -> str:
@@ -341,32 +352,3 @@ def _section(title: str, text: str, content: str) -> str:
         content = '<p class="hint">Nothing was recorded.</p>'
     lead = f'<p class="lead">{escape(text)}</p>' if text else ""
     return f"<section><h2>{escape(title)}</h2>{lead}{content}</section>"
-
-
-def _table(heads: Iterable[str], rows: Iterable[Sequence[str]], kind: str = "") -> str:
-    head = "".join(f"<th>{escape(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    wide = f'<div class="wide"><table class="{kind}">'
-    return f"{wide}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-
-
-def _fold(content: str, summary: str) -> str:
-    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
-
-
-def _dot(stream: str, colours: dict[str, str]) -> str:
-    return f'<span class="dot" style="background:{colours.get(stream, "gray")}"></span>{escape(stream)}'
-
-
-def _strong(text: str) -> str:
-    return f"<b>{escape(text)}</b>"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _seconds(value: float | None) -> str:
-    if value is None:
-        return "–"
-    return f"{1000 * value:.0f} ms" if value < 1.0 else f"{value:.1f} s"

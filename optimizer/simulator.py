@@ -36,12 +36,35 @@ from protocol import messages as m
 from protocol.errors import PlanError
 from protocol.events import StreamAccuracy, TelemetryEvent
 from protocol.plan import Plan, PlanVersion, Problem
-from protocol.schema import CheckpointRef, GpuSpec, InferenceConfig, LabelResult, RetrainResult, TrialResult
+from protocol.schema import (
+    CanaryResult,
+    CheckpointRef,
+    GpuSpec,
+    InferenceConfig,
+    LabelResult,
+    PairedCounts,
+    RetrainResult,
+    TrialResult,
+)
 
 TICK_S = 0.5
 
 
-_KINDS: dict[type, str] = {m.LabelJob: "label", m.TrialJob: "trial", m.RetrainJob: "retrain"}
+_KINDS: dict[type, str] = {
+    m.LabelJob: "label",
+    m.TrialJob: "trial",
+    m.RetrainJob: "retrain",
+    m.CanaryJob: "canary",
+}
+_Work = m.LabelJob | m.TrialJob | m.RetrainJob | m.CanaryJob
+_Outcome = LabelResult | TrialResult | RetrainResult | CanaryResult
+_VOTES = 1000
+
+
+def exact_votes(before: float, after: float) -> PairedCounts:
+    """Votes that say just what two exactly known accuracies say."""
+    gain = round((after - before) * _VOTES)
+    return PairedCounts(num_objects=_VOTES, num_won=max(0, gain), num_lost=max(0, -gain))
 
 
 class World(Protocol):
@@ -59,15 +82,19 @@ class World(Protocol):
         """GPU-seconds and result of a retraining."""
         ...
 
+    def canary(self, job: m.CanaryJob) -> tuple[float, CanaryResult]:
+        """GPU-seconds and result of a comparison on live frames."""
+        ...
+
     def accuracy(self, stream_id: str, window: int, checkpoint: CheckpointRef, config: InferenceConfig) -> float:
         """Instantaneous accuracy of a model under an inference configuration in a window."""
         ...
 
 
 class _Running(msgspec.Struct):
-    job: m.LabelJob | m.TrialJob | m.RetrainJob
+    job: _Work
     left_s: float
-    result: LabelResult | TrialResult | RetrainResult
+    result: _Outcome
 
 
 class SimulatedExecutor:
@@ -174,7 +201,7 @@ class SimulatedExecutor:
         ended = [job_id for job_id, r in self.running.items() if r.left_s <= 1e-9]
         return [self._report(job_id, self.running.pop(job_id).result) for job_id in ended]
 
-    def _start(self, job: m.LabelJob | m.TrialJob | m.RetrainJob) -> _Running:
+    def _start(self, job: _Work) -> _Running:
         match job:
             case m.LabelJob():
                 return _Running(job, *self._world.label(job))
@@ -182,8 +209,10 @@ class SimulatedExecutor:
                 return _Running(job, *self._world.trial(job))
             case m.RetrainJob():
                 return _Running(job, *self._world.retrain(job))
+            case m.CanaryJob():
+                return _Running(job, *self._world.canary(job))
 
-    def _report(self, job_id: str, result: LabelResult | TrialResult | RetrainResult) -> m.Up:
+    def _report(self, job_id: str, result: _Outcome) -> m.Up:
         self.finished.add(job_id)
         event_id = next(self._event_ids)
         match result:
@@ -193,6 +222,8 @@ class SimulatedExecutor:
                 return m.TrialsDone(event_id=event_id, executor_id=self.executor_id, job_id=job_id, result=result)
             case RetrainResult():
                 return m.RetrainDone(event_id=event_id, executor_id=self.executor_id, job_id=job_id, result=result)
+            case CanaryResult():
+                return m.CanaryDone(event_id=event_id, executor_id=self.executor_id, job_id=job_id, result=result)
 
     def _rate(self, running: _Running) -> float:
         return self.gpu.speed * share_efficiency(self.gpu, running.job.share)

@@ -9,9 +9,9 @@ from typing import Literal
 
 import msgspec
 
-from protocol.messages import LabelJob, RetrainJob, TrialJob, WorkerStatus
+from protocol.messages import CanaryJob, LabelJob, RetrainJob, TrialJob, WorkerStatus
 from protocol.plan import Plan, PlanVersion, StreamProfile
-from protocol.schema import CheckpointRef, DatasetRef, GpuSpec, InferenceConfig, RetrainConfig
+from protocol.schema import CheckpointRef, DatasetRef, GpuSpec, InferenceConfig, PairedCounts, RetrainConfig
 
 Phase = Literal["gathering", "bootstrap", "starting", "profiling", "planning", "executing", "finished"]
 Stage = Literal["label", "train", "trial", "done"]
@@ -49,6 +49,37 @@ class RunningRetrain(msgspec.Struct, kw_only=True):
     started_s: float | None = None
 
 
+class Canary(msgspec.Struct, kw_only=True):
+    """A retrained model that is compared with the one before it on fresh labels.
+
+    ``stage``: shadow = it does not serve yet, canary = it does; ``proven``: it went live with the gate's confidence.
+    ``since_s``: when the stage began (for a canary, when the worker was seen to serve it: ``swapped``). Frames are
+    labelled up to ``watched_s``. ``right_*``: crops right so far. ``job`` runs on ``executor_id``.
+    ``accuracy_expected``: of the candidate when live.
+    """
+
+    candidate: CheckpointRef
+    previous: CheckpointRef
+    stage: Literal["shadow", "canary"]
+    retrain_id: str
+    window: int
+    since_s: float
+    watched_s: float
+    held_out: PairedCounts
+    accuracy_expected: float
+    proven: bool = False
+    swapped: bool = False
+    fresh: PairedCounts = PairedCounts()
+    num_crops: int = 0
+    right_candidate: float = 0.0
+    right_previous: float = 0.0
+    num_looks: int = 0
+    num_failures: int = 0
+    num_jobs: int = 0
+    job: CanaryJob | None = None
+    executor_id: str = ""
+
+
 class Leaving(msgspec.Struct, frozen=True, kw_only=True):
     """Where a stream was served before it moved; it is served there until the new place is ready."""
 
@@ -63,6 +94,8 @@ class StreamState(msgspec.Struct, kw_only=True):
 
     ``shortfall``: how much the last window fell behind what was predicted; such streams are profiled first.
     ``settled``: its retraining of this window ended, was refused or failed; no other is started.
+    ``canary``: a new model on its way; ``judged_version``: the newest that the gate has seen. ``penalties``: the last
+    window in which a retraining configuration is not to be tried.
     """
 
     stream_id: str
@@ -81,6 +114,9 @@ class StreamState(msgspec.Struct, kw_only=True):
     leaving: Leaving | None = None
     predicted: float | None = None
     shortfall: float = 0.0
+    canary: Canary | None = None
+    judged_version: int = 0
+    penalties: dict[str, int] = {}
 
 
 class SiteState(msgspec.Struct, kw_only=True):
@@ -88,8 +124,8 @@ class SiteState(msgspec.Struct, kw_only=True):
 
     ``ended``: streams whose retraining ended since ``plan`` started at ``plan_s``.
     ``pipeline``: the labelling, trial or bootstrap job that each executor runs now. ``room_made``: the
-    inference jobs have been planned so that profiling has its share, ``profiling_share``. ``shed``: streams that
-    are not served because there is no room for them.
+    inference jobs have been planned so that profiling has its share, ``profiling_share``. ``watch_share`` is kept
+    free where new models are compared. ``shed``: streams that are not served because there is no room for them.
     """
 
     site: str
@@ -106,6 +142,7 @@ class SiteState(msgspec.Struct, kw_only=True):
     pipeline: dict[str, PipelineJob] = {}
     room_made: bool = False
     profiling_share: float = 0.0
+    watch_share: float = 0.0
     shed: list[str] = []
     clock_s: float = 0.0
     clock_wall_s: float = 0.0

@@ -11,11 +11,13 @@ import hashlib
 
 from optimizer.config import BootstrapConfig, GateConfig, ProfilingConfig, SiteConfig
 from optimizer.ports import GateEvidence
+from optimizer.simulator import exact_votes
 from optimizer.traces import DrawnStream, InferenceTable, Trace, TracedRetraining, TracedWindow
 from protocol import messages as m
 from protocol.events import StreamAccuracy
 from protocol.plan import InferenceProfile, RetrainProfile, StreamProfile
 from protocol.schema import (
+    CanaryResult,
     CheckpointRef,
     CitySource,
     DatasetRef,
@@ -82,8 +84,8 @@ class TraceSite:
             )
             for index, stream_id in enumerate(self.streams)
         )
-        # A margin below -1 lets every model pass.
-        gate = GateConfig(margin=knobs.gate_margin if knobs.gate else -2.0)
+        # Accuracies are exact here: nothing is left to doubt or to a canary.
+        gate = GateConfig(margin=knobs.gate_margin, confidence=0.5, canary_s=0.0, always_promote=not knobs.gate)
         return SiteConfig(
             name="study",
             streams=specs,
@@ -216,7 +218,12 @@ class TraceWorld:
             epochs=(),
             busy_s=cost_s,
             seconds=cost_s,
+            paired=exact_votes(before, after),
         )
+
+    def canary(self, job: m.CanaryJob) -> tuple[float, CanaryResult]:
+        """Not asked for: what the trace says of a model is final."""
+        raise NotImplementedError("a trace has no live frames; its site has no canary")
 
     def accuracy(self, stream_id: str, window: int, checkpoint: CheckpointRef, config: InferenceConfig) -> float:
         """Instantaneous accuracy: a * q."""

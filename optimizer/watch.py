@@ -22,6 +22,7 @@ from rich.text import Text
 
 from protocol.events import (
     ExecutorChanged,
+    GateDecided,
     JobShare,
     LabelsCollected,
     Notice,
@@ -46,7 +47,7 @@ STALE_JOB_S = 15.0
 MAX_ROWS = 512
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LEVELS = {"info": "cyan", "warning": "yellow", "error": "bold red"}
-_KINDS = {"inference": "green", "retrain": "magenta", "trial": "yellow", "label": "blue"}
+_KINDS = {"inference": "green", "retrain": "magenta", "trial": "yellow", "label": "blue", "canary": "cyan"}
 
 
 @dataclass(slots=True)
@@ -99,6 +100,10 @@ class WatchState:
                     f"{event.config.config_id} {event.epoch.epoch}/{event.config.epochs} acc {event.epoch.accuracy:.2f}"
                 )
                 self._activity(event.stream_id, text, "magenta", done)
+            case GateDecided() if event.decision in ("kept", "rolled_back", "on_trial"):
+                word = event.decision.replace("_", " ")
+                style = "red" if event.decision == "rolled_back" else "green"
+                self._activity(event.stream_id, f"model {event.version} {word}", style)
             case RetrainFinished():
                 text = f"{event.accuracy_before:.2f} → {event.accuracy_after:.2f}"
                 if event.promoted:
@@ -133,7 +138,9 @@ class WatchState:
             text = f"{event.kind} of {event.stream_id} failed: {event.reason}"
             self._notice(Notice(time_s=event.time_s, site_s=event.site_s, level="warning", text=text))
         elif event.change == "started" and event.kind != "inference":
-            text = {"label": "labelling", "trial": "micro-profiling", "retrain": "retraining"}[event.kind]
+            text = {"label": "labelling", "trial": "micro-profiling", "retrain": "retraining", "canary": "canary"}[
+                event.kind
+            ]
             self._activity(event.stream_id, text, _KINDS[event.kind])
 
     def _notice(self, event: Notice) -> None:

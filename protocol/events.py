@@ -13,11 +13,14 @@ from protocol.schema import (
     Fraction,
     InferenceConfig,
     Name,
+    PairedCounts,
     Record,
     RetrainConfig,
     Seconds,
     StreamCondition,
 )
+
+JobKind = Literal["inference", "label", "trial", "retrain", "canary"]
 
 
 class Event(Record, frozen=True, kw_only=True):
@@ -113,7 +116,7 @@ class JobShare(Event, frozen=True, kw_only=True, tag="job_share"):
     """Granted and achieved share of a job over the last interval."""
 
     job_id: str
-    kind: Literal["inference", "label", "trial", "retrain"]
+    kind: JobKind
     stream_id: Name
     gpu_id: Name
     share_granted: float
@@ -125,7 +128,7 @@ class WorkerChanged(Event, frozen=True, kw_only=True, tag="worker_changed"):
     job_id: str
     stream_id: Name
     gpu_id: Name
-    kind: Literal["inference", "label", "trial", "retrain"]
+    kind: JobKind
     change: Literal[
         "started", "ready", "resized", "reconfigured", "swapped", "handed_over", "finished", "failed", "stopped"
     ]
@@ -155,6 +158,30 @@ class RetrainFinished(Event, frozen=True, kw_only=True, tag="retrain_finished"):
     seconds: Seconds
     seconds_predicted: float | None
     promoted: bool
+    reason: str
+
+
+class GateDecided(Event, frozen=True, kw_only=True, tag="gate_decided"):
+    """What became of a retrained model at one of its tests, with the evidence.
+
+    ``stage``: gate = on the held-out labels of the retraining; shadow = on fresh labels while the old model serves;
+    canary = on fresh labels after the swap. Accuracies and ``paired`` are of both models on the same labels.
+    ``confidence``: that the new model is better, from ``paired``; None without a label. ``seconds``: since the
+    stage began, for a canary how long the model was live.
+    """
+
+    stream_id: Name
+    window: int
+    stage: Literal["gate", "shadow", "canary"]
+    decision: Literal["promoted", "on_trial", "refused", "kept", "rolled_back"]
+    retrain_id: str
+    version: int
+    previous_version: int
+    accuracy_candidate: float | None
+    accuracy_previous: float | None
+    paired: PairedCounts
+    confidence: float | None
+    seconds: Seconds
     reason: str
 
 
@@ -220,6 +247,7 @@ TelemetryEvent = (
     | WorkerChanged
     | RetrainProgress
     | RetrainFinished
+    | GateDecided
     | LabelsCollected
     | ProfileEstimated
     | StreamDegraded

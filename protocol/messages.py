@@ -6,12 +6,15 @@ going up carries an ``event_id`` and is sent again until an ``Ack`` names it. Se
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from protocol.events import TelemetryEvent
+import msgspec
+
+from protocol.events import JobKind, TelemetryEvent
 from protocol.plan import PlanVersion
 from protocol.schema import (
     Bytes,
+    CanaryResult,
     CheckpointRef,
     DatasetRef,
     Fraction,
@@ -106,7 +109,22 @@ class RetrainJob(Record, frozen=True, kw_only=True, tag="retrain"):
     memory_bytes: Bytes = 0
 
 
-Job = InferenceJob | LabelJob | TrialJob | RetrainJob
+class CanaryJob(Record, frozen=True, kw_only=True, tag="canary"):
+    """Label frames of [from_s, to_s) of stream time at ``label_fps`` and compare two models on them."""
+
+    job_id: str
+    stream: StreamSpec
+    share: Share
+    window: int
+    from_s: float
+    to_s: float
+    label_fps: Annotated[float, msgspec.Meta(gt=0.0)]
+    candidate: CheckpointRef
+    previous: CheckpointRef
+    memory_bytes: Bytes = 0
+
+
+Job = InferenceJob | LabelJob | TrialJob | RetrainJob | CanaryJob
 
 # ---------------------------------------------------------------- reports inside messages
 
@@ -120,7 +138,7 @@ class WorkerStatus(Record, frozen=True, kw_only=True):
     """
 
     job_id: str
-    kind: Literal["inference", "label", "trial", "retrain"]
+    kind: JobKind
     stream_id: Name
     pid: int
     state: WorkerState
@@ -195,6 +213,13 @@ class RetrainDone(Record, frozen=True, kw_only=True, tag="retrain_done"):
     result: RetrainResult
 
 
+class CanaryDone(Record, frozen=True, kw_only=True, tag="canary_done"):
+    event_id: int
+    executor_id: Name
+    job_id: str
+    result: CanaryResult
+
+
 class JobFailed(Record, frozen=True, kw_only=True, tag="job_failed"):
     """A job will not end well by itself: crashed past its restart limit, refused, out of memory, hung."""
 
@@ -202,7 +227,7 @@ class JobFailed(Record, frozen=True, kw_only=True, tag="job_failed"):
     executor_id: Name
     job_id: str
     stream_id: Name
-    kind: Literal["inference", "label", "trial", "retrain"]
+    kind: JobKind
     reason: str
 
 
@@ -213,7 +238,18 @@ class Goodbye(Record, frozen=True, kw_only=True, tag="goodbye"):
     reason: str
 
 
-Up = Hello | Heartbeat | PlanApplied | PlanRefused | LabelsDone | TrialsDone | RetrainDone | JobFailed | Goodbye
+Up = (
+    Hello
+    | Heartbeat
+    | PlanApplied
+    | PlanRefused
+    | LabelsDone
+    | TrialsDone
+    | RetrainDone
+    | CanaryDone
+    | JobFailed
+    | Goodbye
+)
 
 # ---------------------------------------------------------------- down: optimizer -> executor
 

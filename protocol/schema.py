@@ -17,6 +17,7 @@ Seconds = Annotated[float, msgspec.Meta(ge=0.0, le=1e9)]
 PositiveSeconds = Annotated[float, msgspec.Meta(gt=0.0, le=1e9)]
 Bytes = Annotated[int, msgspec.Meta(ge=0)]
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+Count = Annotated[int, msgspec.Meta(ge=0)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 Task = Literal["classification", "detection"]
@@ -350,8 +351,17 @@ class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
     seconds: Seconds
 
 
+class PairedCounts(Record, frozen=True, kw_only=True):
+    """Two models on the same labels: ``num_won`` of ``num_objects`` road users (not crops: one that is seen in many
+    frames counts once) are classified right more often by the new model, ``num_lost`` by the old one."""
+
+    num_objects: Count = 0
+    num_won: Count = 0
+    num_lost: Count = 0
+
+
 class RetrainResult(Record, frozen=True, kw_only=True, tag="retraining"):
-    """A retraining ended. Accuracies are on the same held-out split, before and after.
+    """A retraining ended. Accuracies are on the same held-out split, before and after; ``paired`` compares both there.
 
     ``checkpoint`` is None when nothing usable came out; ``reason`` then says why.
     """
@@ -367,6 +377,20 @@ class RetrainResult(Record, frozen=True, kw_only=True, tag="retraining"):
     busy_s: Seconds
     seconds: Seconds
     reason: str = ""
+    paired: PairedCounts = PairedCounts()
+
+
+class CanaryResult(Record, frozen=True, kw_only=True, tag="comparison"):
+    """Two models on labels of a live stretch that neither was trained on. ``num_crops`` labelled objects."""
+
+    stream_id: Name
+    candidate_version: PositiveInt
+    num_frames: Count
+    num_crops: Count
+    accuracy_candidate: Fraction
+    accuracy_previous: Fraction
+    paired: PairedCounts
+    seconds: Seconds
 
 
 class RetrainRun(Record, frozen=True, kw_only=True):

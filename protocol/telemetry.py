@@ -22,6 +22,7 @@ from protocol import codec, sockets
 from protocol.errors import ProtocolError
 from protocol.events import (
     ExecutorChanged,
+    GateDecided,
     JobShare,
     LabelsCollected,
     Notice,
@@ -59,6 +60,7 @@ def _subject(event: TelemetryEvent) -> str:
             | WorkerChanged()
             | RetrainProgress()
             | RetrainFinished()
+            | GateDecided()
             | LabelsCollected()
             | ProfileEstimated()
             | StreamDegraded()

@@ -14,6 +14,7 @@ from executor.learning.device import Device
 from executor.learning.golden import Labels
 from executor.learning.inference import CropClassifier, Objects, classified_right
 from executor.learning.models import Student, named_spec
+from executor.learning.pairing import per_road_user
 from executor.learning.stepping import Stepper
 from executor.learning.task import Task
 from executor.learning.training import Trainer
@@ -37,7 +38,7 @@ class Classification(Task[CropSet]):
         else:
             crops = frame.crops(stream.crop_px) if own else cut_out(frame.image(), labels.boxes, stream.crop_px)
         flags = np.zeros(len(labels), np.bool_)
-        return CropSet(crops, labels.labels, np.full(len(labels), frame.index, np.int64), flags, flags)
+        return CropSet(crops, labels.labels, np.full(len(labels), frame.index, np.int64), flags, flags, labels.boxes)
 
     def join(self, parts: Sequence[CropSet], stream: StreamSpec) -> CropSet:
         return datasets.concatenate([datasets.empty(stream.crop_px), *parts])
@@ -60,6 +61,12 @@ class Classification(Task[CropSet]):
         self, student: Student, examples: CropSet, device: Device, stepper: Stepper | None = None
     ) -> float:
         return training.frame_mean_accuracy(student, examples, device, stepper)
+
+    def points(
+        self, student: Student, examples: CropSet, device: Device, stepper: Stepper | None = None
+    ) -> NDArray[np.float64]:
+        right = training.correctness(student, examples, device, stepper)
+        return per_road_user(right, examples.frame_index, examples.boxes, examples.labels)
 
     def analyser(self, student: Student, device: Device, version: int) -> CropClassifier:
         return CropClassifier(student, device, version)

@@ -7,7 +7,7 @@ so a random split would measure memory instead of accuracy.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -75,13 +75,19 @@ E = TypeVar("E", bound=Examples)
 @dataclass(frozen=True)
 class CropSet:
     """N labelled crops. ``crops`` uint8 (N, px, px, 3), ``labels`` int64 (N,) indices into the stream's classes,
-    ``frame_index`` int64 (N,), ``is_validation`` and ``is_exemplar`` bool (N,). Exemplars always train."""
+    ``frame_index`` int64 (N,), ``is_validation`` and ``is_exemplar`` bool (N,). Exemplars always train. ``boxes``
+    float32 (N, 4): where in the frame each was, NaN where that is not known."""
 
     crops: NDArray[np.uint8]
     labels: NDArray[np.int64]
     frame_index: NDArray[np.int64]
     is_validation: NDArray[np.bool_]
     is_exemplar: NDArray[np.bool_]
+    boxes: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+
+    def __post_init__(self) -> None:
+        if len(self.boxes) != len(self.labels):
+            object.__setattr__(self, "boxes", np.full((len(self.labels), 4), np.nan, np.float32))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -94,6 +100,7 @@ class CropSet:
             self.frame_index[mask],
             self.is_validation[mask],
             self.is_exemplar[mask],
+            self.boxes[mask],
         )
 
     @property
@@ -122,6 +129,7 @@ class CropSet:
             "frame_index": self.frame_index,
             "is_validation": self.is_validation.astype(np.uint8),
             "is_exemplar": self.is_exemplar.astype(np.uint8),
+            "boxes": self.boxes,
         }
 
     @classmethod
@@ -133,6 +141,8 @@ class CropSet:
             tensors["frame_index"],
             tensors["is_validation"].astype(np.bool_),
             tensors["is_exemplar"].astype(np.bool_),
+            # Files of earlier releases do not say where a crop was.
+            tensors.get("boxes", np.zeros((0, 4), np.float32)),
         )
 
 
@@ -151,6 +161,7 @@ def concatenate(parts: list[CropSet]) -> CropSet:
         np.concatenate([part.frame_index for part in parts]),
         np.concatenate([part.is_validation for part in parts]),
         np.concatenate([part.is_exemplar for part in parts]),
+        np.concatenate([part.boxes for part in parts]),
     )
 
 
@@ -167,6 +178,14 @@ def validation_frames(frames: NDArray[np.int64]) -> NDArray[np.int64]:
     block = np.arange(len(ordered)) * _NUM_BLOCKS // len(ordered)
     held_out: NDArray[np.int64] = ordered[(block + 1) % round(1 / VALIDATION_SHARE) == 0]
     return held_out
+
+
+def frame_mean(right: NDArray[np.bool_], frame_index: NDArray[np.int64]) -> float:
+    """Share of a frame's crops that are ``right`` (n,), mean over frames (the measure of serving); 0 of no crops."""
+    if len(right) == 0:
+        return 0.0
+    _, frame, size = np.unique(frame_index, return_inverse=True, return_counts=True)
+    return float((np.bincount(frame, weights=right) / size).mean())
 
 
 def save(

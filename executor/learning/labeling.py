@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -21,7 +24,7 @@ from executor.learning.task import task_of
 from executor.streams.frames import FrameSource
 from protocol.errors import InputError
 from protocol.messages import LabelJob
-from protocol.schema import LabelResult
+from protocol.schema import LabelResult, StreamSpec
 
 # Frame index, category id, box (4), score.
 SampleRow = tuple[int, int, list[float], float]
@@ -35,6 +38,42 @@ def frames_to_label(from_s: float, to_s: float, fps: float, label_fps: float) ->
     return [first + math.floor(position * stride) for position in range(count)]
 
 
+@dataclass(frozen=True)
+class Looked:
+    """What the golden model said of some frames. ``golden_s``: busy seconds that it took; ``stopped``: cut short."""
+
+    examples: Any
+    rows: list[SampleRow]
+    num_frames: int
+    golden_s: float
+    stopped: bool
+
+
+def look(
+    source: FrameSource, stream: StreamSpec, indices: Sequence[int], device: Device, stepper: Stepper, seed: int
+) -> Looked:
+    """Golden labels of the frames ``indices``, as examples of the stream's task; nothing of it is held out yet."""
+    task = task_of(stream)
+    golden = open_golden(stream, device, stepper, seed)
+    parts = []
+    rows: list[SampleRow] = []
+    golden_s = 0.0
+    stopped = False
+    for index in indices:
+        frame = source.frame(index)
+        start = stepper.busy_s()
+        labels = golden.label(frame)
+        golden_s += max(0.0, stepper.busy_s() - start)
+        stopped = labels is None or stepper.step()
+        if labels is None or stopped:
+            break
+        parts.append(task.examples(frame, labels, stream))
+        rows += zip(
+            [index] * len(labels), labels.ids.tolist(), labels.boxes.tolist(), labels.scores.tolist(), strict=True
+        )
+    return Looked(task.join(parts, stream), rows, len(parts), golden_s, stopped)
+
+
 def label(
     job: LabelJob, source: FrameSource, store: Path, device: Device, stepper: Stepper, seed: int
 ) -> LabelResult | None:
@@ -45,47 +84,31 @@ def label(
     """
     started = time.monotonic()
     stream, task = job.stream, task_of(job.stream)
-    golden = open_golden(stream, device, stepper, seed)
-    parts = []
-    rows: list[SampleRow] = []
-    num_frames = 0
-    golden_s = 0.0
-    stopped = False
-    for index in frames_to_label(job.from_s, job.to_s, stream.fps, stream.label_fps):
-        frame = source.frame(index)
-        start = stepper.busy_s()
-        labels = golden.label(frame)
-        golden_s += max(0.0, stepper.busy_s() - start)
-        stopped = labels is None or stepper.step()
-        if labels is None or stopped:
-            break
-        num_frames += 1
-        parts.append(task.examples(frame, labels, stream))
-        rows += zip(
-            [index] * len(labels), labels.ids.tolist(), labels.boxes.tolist(), labels.scores.tolist(), strict=True
-        )
-    fresh = task.join(parts, stream)
-    fresh = fresh.split(np.isin(fresh.frame_index, datasets.validation_frames(fresh.frame_index)))
+    indices = frames_to_label(job.from_s, job.to_s, stream.fps, stream.label_fps)
+    found = look(source, stream, indices, device, stepper, seed)
+    fresh = found.examples.split(
+        np.isin(found.examples.frame_index, datasets.validation_frames(found.examples.frame_index))
+    )
     if job.exemplars is not None and stream.exemplars_per_class > 0:
         previous = task.read(store, job.exemplars, stream.classes)
         fresh = task.join([fresh, task.memory(previous, stream)], stream)
-    if stopped and num_frames == 0:
+    if found.stopped and found.num_frames == 0:
         return None
     if sum(fresh.class_counts(len(stream.classes))) == 0:
         raise InputError(
-            f"stream {stream.stream_id}: no object in the {num_frames} frames labelled from {job.from_s:g} s "
+            f"stream {stream.stream_id}: no object in the {found.num_frames} frames labelled from {job.from_s:g} s "
             f"to {job.to_s:g} s; raise label_fps or check the source"
         )
-    write_rows(store, rows, stream_id=stream.stream_id, window=job.window)
+    write_rows(store, found.rows, stream_id=stream.stream_id, window=job.window)
     dataset = datasets.save(
         store,
         fresh,
         stream_id=stream.stream_id,
         window=job.window,
         classes=stream.classes,
-        label_s_per_frame=golden_s / max(1, num_frames),
+        label_s_per_frame=found.golden_s / max(1, found.num_frames),
     )
-    return LabelResult(dataset=dataset, num_frames=num_frames, seconds=time.monotonic() - started)
+    return LabelResult(dataset=dataset, num_frames=found.num_frames, seconds=time.monotonic() - started)
 
 
 def write_rows(store: Path, rows: list[SampleRow], *, stream_id: str, window: int) -> None:

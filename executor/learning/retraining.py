@@ -17,11 +17,12 @@ from executor.learning import checkpoints
 from executor.learning.datasets import Examples
 from executor.learning.device import Device
 from executor.learning.models import Student
+from executor.learning.pairing import paired_counts
 from executor.learning.stepping import Stepper
 from executor.learning.task import task_of
 from protocol.errors import InputError
 from protocol.messages import RetrainJob
-from protocol.schema import EpochResult, RetrainResult
+from protocol.schema import EpochResult, PairedCounts, RetrainResult
 
 _MIN_DROP = 0.02
 
@@ -66,6 +67,8 @@ class Retraining:
         self._best_state: dict[str, torch.Tensor] = {}
         start = stepper.busy_s()
         self._record(0, before, start)
+        # A new student has nothing to be compared with.
+        self._points_before = None if serving is None else task.points(before, self._validation, device, stepper)
 
     def run(self) -> str:
         """Train all epochs, or until a stop is requested. Returns why it ended early ("" when it did not)."""
@@ -91,6 +94,13 @@ class Retraining:
             why = ended or "the last epoch was clearly worse"
             return best, f"{why}; kept epoch {best.epoch}, the best of {last.epoch}"
         return last, f"kept the last epoch ({last.epoch})"
+
+    def paired(self) -> PairedCounts:
+        """The student, as it is now, against the serving one on the held-out split."""
+        if self._points_before is None:
+            return PairedCounts()
+        points = self._task.points(self.student, self._validation, self._device, self._stepper)
+        return paired_counts(points, self._points_before)
 
     def _record(self, epoch: int, student: Student, start_busy_s: float) -> None:
         accuracy, loss = self._task.evaluate(student, self._validation, self._device, self._stepper)
@@ -134,6 +144,7 @@ def retrain(
             accuracy=epoch.accuracy,
         )
     before = retraining.epochs[0].accuracy
+    paired = PairedCounts() if epoch is None else retraining.paired()
     return RetrainResult(
         stream_id=job.stream.stream_id,
         window=job.window,
@@ -146,6 +157,7 @@ def retrain(
         busy_s=max(0.0, stepper.busy_s() - start_busy_s),
         seconds=time.monotonic() - started,
         reason=reason,
+        paired=paired,
     )
 
 

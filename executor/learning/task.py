@@ -68,6 +68,16 @@ class Task(ABC, Generic[E]):
     def serving_accuracy(self, student: Student, examples: E, device: Device, stepper: Stepper | None = None) -> float:
         """The measure of serving on ``examples``: mean over their frames."""
 
+    def points(
+        self, student: Student, examples: E, device: Device, stepper: Stepper | None = None
+    ) -> NDArray[np.float64]:
+        """What the student gets right, one number per piece of evidence, in an order that ``examples`` alone decides.
+
+        Two students are compared by it, piece by piece. Every example by itself, unless a task knows better.
+        """
+        each = [self.evaluate(student, examples.take(np.array([i])), device, stepper)[0] for i in range(len(examples))]
+        return np.array(each, np.float64)
+
     @abstractmethod
     def analyser(self, student: Student, device: Device, version: int) -> Analyser:
         """The student, ready to look at frames."""

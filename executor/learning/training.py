@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from executor.learning.datasets import CropSet
+from executor.learning.datasets import CropSet, frame_mean
 from executor.learning.device import Device
 from executor.learning.models import Student, build_student, replace_head, set_trainable
 from executor.learning.stepping import Stepper
@@ -94,13 +94,15 @@ def evaluate(student: Student, crops: CropSet, device: Device, stepper: Stepper 
     return num_right / len(crops), loss / len(crops)
 
 
+def correctness(student: Student, crops: CropSet, device: Device, stepper: Stepper | None = None) -> NDArray[np.bool_]:
+    """Which crops the student classifies right, bool (N,)."""
+    right = [(logits.argmax(1) == labels).cpu().numpy() for logits, labels in _batches(student, crops, device, stepper)]
+    return np.concatenate([np.zeros(0, np.bool_), *right])
+
+
 def frame_mean_accuracy(student: Student, crops: CropSet, device: Device, stepper: Stepper | None = None) -> float:
     """Share of a frame's crops classified right, mean over the frames of ``crops`` (the measure of serving)."""
-    if len(crops) == 0:
-        return 0.0
-    right = [(logits.argmax(1) == labels).cpu().numpy() for logits, labels in _batches(student, crops, device, stepper)]
-    _, frame, size = np.unique(crops.frame_index, return_inverse=True, return_counts=True)
-    return float((np.bincount(frame, weights=np.concatenate(right)) / size).mean())
+    return frame_mean(correctness(student, crops, device, stepper), crops.frame_index)
 
 
 class Trainer:
