@@ -95,6 +95,12 @@ def asked_latency_s(stream: StreamProfile, gpus: Iterable[GpuSpec], quantum: flo
     return max(stream.max_latency_s, min(usable, default=0.0))
 
 
+def most_label_seconds(stream: StreamProfile) -> float:
+    """The most golden-model seconds that one retraining of ``stream`` asks for."""
+    on_gpu = max((p.label_seconds for p in stream.retrain), default=0.0)
+    return max(on_gpu, max((p.label_seconds for p in stream.cloud), default=0.0))
+
+
 def transfer_times(link: LinkSpec, queue: Sequence[CloudProfile]) -> list[tuple[float, float]]:
     """(start of the up-link transfer, arrival of the model) of retrainings in their order on ``link`` (rule 8)."""
     times: list[tuple[float, float]] = []

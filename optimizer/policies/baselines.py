@@ -18,6 +18,7 @@ import msgspec
 
 from optimizer.execution import capacity_quanta
 from optimizer.objective import judge
+from optimizer.policies.cloud import with_cloud
 from optimizer.policies.milp import milp
 from optimizer.policies.packing import Placed, Wish, pack
 from optimizer.policies.thief import Shares, heuristic_plan
@@ -119,7 +120,7 @@ def thief_fixed_config(problem: Problem, budget_s: float) -> Plan:
 def none(problem: Problem, budget_s: float) -> Plan:
     """No retraining: a multiple-choice knapsack over inference configurations, solved by ``milp``."""
     started_s = time.monotonic()
-    streams = tuple(msgspec.structs.replace(stream, retrain=()) for stream in problem.streams)
+    streams = tuple(msgspec.structs.replace(stream, retrain=(), cloud=()) for stream in problem.streams)
     without = msgspec.structs.replace(problem, streams=streams)
     # Its bound holds for plans without retraining only, so it is no bound on this problem.
     plan = milp(without, budget_s)
@@ -143,7 +144,8 @@ def repaired(problem: Problem, last: Plan) -> Plan:
     previous = {assignment.stream_id: assignment for assignment in last.assignments}
     gpus = {gpu.gpu_id: index for index, gpu in enumerate(problem.gpus)}
     wishes: list[Wish] = []
-    for stream in problem.streams:
+    sent: set[tuple[int, int]] = set()
+    for v, stream in enumerate(problem.streams):
         assignment = previous.get(stream.stream_id)
         names = {profile.inference_id: index for index, profile in enumerate(stream.inference)}
         held = stream.serving_inference or (assignment.inference[0].inference_id if assignment else "")
@@ -158,11 +160,14 @@ def repaired(problem: Problem, last: Plan) -> Plan:
             gamma = next(iter(running + same), -1)
             r = max(1, round(step.share / problem.share_quantum))
             retrain_gpu = gpus.get(step.gpu_id, -1)
+        planned = assignment.cloud.retrain_id if assignment is not None and assignment.cloud is not None else None
+        sent |= {(v, c) for c, p in enumerate(stream.cloud) if p.running or p.retrain_id == planned}
         lam_quanta = 1
         if lam is not None:
             lam_quanta = max(1, round(stream.inference[lam].gpu_share_needed / problem.share_quantum))
         wishes.append(Wish(lam_quanta=lam_quanta, lam=lam, gamma=gamma, r=r, gpu=gpu, retrain_gpu=retrain_gpu))
-    return heuristic_plan(problem, pack(problem, wishes), "last plan repaired", started_s)
+    placed = with_cloud(problem, pack(problem, wishes), sent)
+    return heuristic_plan(problem, placed, "last plan repaired", started_s)
 
 
 def cheapest(problem: Problem) -> Plan:

@@ -31,6 +31,16 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn of a link. ``earliest_s``: when the model can be there; ``most``: so many retrainings may have it."""
+
+    link_id: str
+    index: int
+    earliest_s: float
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """A demand for room on one GPU of ``place``: share quanta and bytes."""
 
@@ -44,7 +54,9 @@ class Option:
     """One choice of one stream. Indices point into the stream's profiles; ``gamma`` -1 = no retraining.
 
     ``jobs``: one job for serve and bundle, (inference, retraining) for split. ``moves``: lambda_after
-    runs where the retraining ran. ``shortfall``: how far the option falls below the stream's floor.
+    runs where the retraining ran. ``shortfall``: how far the option falls below the stream's floor, and by
+    which part its latency is above the limit. ``cloud``: index of the retraining in the cloud instead (-1 =
+    none; of kind serve) and its ``turn``. ``label_seconds``: what it takes of the label budget.
     """
 
     kind: Literal["serve", "bundle", "split"]
@@ -57,6 +69,9 @@ class Option:
     lam_after: int = -1
     moves: bool = False
     shortfall: float = 0.0
+    cloud: int = -1
+    turn: Turn | None = None
+    label_seconds: float = 0.0
 
 
 def undominated(options: list[Option]) -> list[Option]:

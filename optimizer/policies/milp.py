@@ -26,6 +26,12 @@ Where memory can run short, slots are not enough, and jobs are placed one by one
   5. a job is placed once if an option that has it is taken:  sum_g y[v,j,g] = sum_{o has j} x[v,o]
   6. share:   sum quanta * y <= n_g       7. memory:  sum bytes * y <= M_g
 and the optimum of 1 to 4 is kept as an upper bound. The memory of a job is its peak before or after the swap.
+
+Where labels are short, and for retrainings in the cloud, with t the turns of a link:
+  8. labels: sum over v, o of (label seconds of o) x[v,o] <= label budget
+  9. one retraining has one turn of a link:  sum of x[v,o] over the options with turn t <= 1
+An option with a turn is valued at the earliest arrival that its model can have in that turn (``cloud.py``), so
+that the optimum is a bound; the plan is the chosen retrainings in their best order, with their real arrivals.
 """
 
 from __future__ import annotations
@@ -43,6 +49,7 @@ import msgspec
 from optimizer.execution import quanta_per_gpu
 from optimizer.objective import judge, upper_bound_trivial
 from optimizer.policies.choices import Job, Option
+from optimizer.policies.cloud import in_order
 from optimizer.policies.options import OptionMaker
 from optimizer.policies.packing import Placed, write_plan
 from protocol.errors import PlanError
@@ -140,7 +147,7 @@ class _Solve:
         outcome = self._optimise(options)
         if outcome is None:
             raise PlanError("the solver found no plan: the streams do not fit on the GPUs, or the time was too short")
-        return self._report(outcome[0], None, "not every floor can be met at once; fewest violations")
+        return self._report(outcome[0], None, "not every floor and latency limit can be kept; fewest violations")
 
     def _options(self, below_floor: bool) -> list[list[Option]]:
         options = []
@@ -151,6 +158,7 @@ class _Solve:
         return options
 
     def _report(self, placed: list[Placed], bound: float | None, detail: str) -> Plan:
+        placed = in_order(self.problem, placed)
         plan = write_plan(self.problem, placed, SolveReport(policy="milp", status="feasible"))
         return _reported(self.problem, plan, bound, detail, self.started_s)
 
@@ -189,6 +197,7 @@ class _Model:
         self.model = mathopt.Model()
         self.x = [[self.model.add_binary_variable() for _ in found] for found in options]
         self.add(*(self.sum(xs) == 1.0 for xs in self.x))  # 1
+        self._labels_and_turns()
         # Fewest broken floors first: no gain in value makes up for one.
         penalty = 1.0 + self.total_weight
         self.model.maximize(
@@ -200,6 +209,26 @@ class _Model:
             )
         )
         self.values: dict[Any, float] = {}
+
+    def _labels_and_turns(self) -> None:
+        labels: list[Any] = []
+        takers: dict[tuple[str, int], list[Any]] = defaultdict(list)
+        most: dict[tuple[str, int], int] = {}
+        for found, xs in zip(self.options, self.x, strict=True):
+            for option, x in zip(found, xs, strict=True):
+                if option.label_seconds > 0.0:
+                    labels.append(option.label_seconds * x)
+                if option.turn is not None:
+                    turn = (option.turn.link_id, option.turn.index)
+                    takers[turn].append(x)
+                    most[turn] = option.turn.most
+        budget_s = self.problem.label_budget_s
+        if self.maker.labels_matter and budget_s is not None:
+            if budget_s > 0.0:
+                self.add(self.sum(part * (1.0 / budget_s) for part in labels) <= 1.0)  # 8
+            else:
+                self.add(self.sum(labels) <= 0.0)
+        self.add(*(self.sum(xs) <= float(most[turn]) for turn, xs in takers.items()))  # 9
 
     def add(self, *constraints: Any) -> None:
         for constraint in constraints:
@@ -387,6 +416,8 @@ class _JobModel(_Model):
 
 def _placed(option: Option, where: Sequence[int]) -> Placed:
     gpu, retrain_gpu = where[0], where[-1]
+    if option.turn is not None:
+        return Placed(option.lam, gpu, cloud=option.cloud, turn=option.turn.index, lam_after=option.lam, gpu_after=gpu)
     if option.gamma < 0:
         return Placed(option.lam, gpu)
     gpu_after = retrain_gpu if option.moves else gpu

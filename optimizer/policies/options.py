@@ -8,6 +8,9 @@ need. Its value A(v, o) is the stream's window average in the execution model. K
 - ``split``:  an inference job of u quanta and a retraining job of r quanta, each anywhere; lambda_after
   uses the u quanta where it is, or moves into the r quanta that the retraining leaves (a migration).
 
+A stream that is retrained in the cloud is of kind ``serve``: it keeps lambda, and its value counts on the
+earliest arrival of its model in each turn of the link (``cloud.py``).
+
 A static plan never holds more than it holds at the start: lambda_after fits into what the same stream
 held before the swap. It is therefore feasible in whatever order the retrainings end.
 """
@@ -19,9 +22,19 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.execution import capacity_quanta, gpu_classes, needed_quanta, retrain_seconds, share_of
-from optimizer.objective import ACCURACY_TOLERANCE, attainable_floor
-from optimizer.policies.choices import Job, Option, Place, undominated
+from optimizer.execution import (
+    asked_latency_s,
+    capacity_quanta,
+    gpu_classes,
+    most_label_seconds,
+    needed_quanta,
+    own_window_s,
+    retrain_seconds,
+    share_of,
+)
+from optimizer.objective import ACCURACY_TOLERANCE, SECONDS_TOLERANCE, attainable_floor
+from optimizer.policies.choices import Job, Option, Place, Turn, undominated
+from optimizer.policies.cloud import turns
 from protocol.plan import Problem, StreamProfile
 
 Floats = NDArray[np.float64]
@@ -48,6 +61,9 @@ class OptionMaker:
         self.position = {gpu.gpu_id: index for index, gpu in enumerate(problem.gpus)}
         self.class_of = {g: place.gpu_class for place in self.classes for g in place.gpus}
         self.memory_matters = _memory_matters(problem)
+        self.labels_matter = _labels_matter(problem)
+        self.turns = turns(problem) if problem.links else {}
+        self.number = {stream.stream_id: v for v, stream in enumerate(problem.streams)}
 
     def fixed_place(self, gpu_id: str) -> Place | None:
         position = self.position.get(gpu_id)
@@ -64,10 +80,12 @@ class OptionMaker:
         found: list[Option] = []
         for place, start_cost_s in inference_places:
             found += table.serve(place, start_cost_s)
-        groups: dict[str | None, list[int]] = {}
+        groups: dict[tuple[str | None, float], list[int]] = {}
         for index in table.useful_retrainings():
-            groups.setdefault(stream.retrain[index].pinned_gpu, []).append(index)
-        for pinned, gammas in groups.items():
+            profile = stream.retrain[index]
+            labels_s = profile.label_seconds if self.labels_matter else 0.0
+            groups.setdefault((profile.pinned_gpu, labels_s), []).append(index)
+        for (pinned, _), gammas in groups.items():
             retrain_place = None if pinned is None else self.fixed_place(pinned)
             if pinned is not None and retrain_place is None:
                 continue
@@ -78,9 +96,23 @@ class OptionMaker:
                     both = _meet(place, destination)
                     if both is not None:
                         found += table.bundle(both, start_cost_s, gammas, seconds)
+        for c in range(len(stream.cloud)):
+            for place, start_cost_s in inference_places:
+                found += table.send(place, start_cost_s, c, self.turns.get((self.number[stream.stream_id], c), []))
         if not below_floor:
             found = [option for option in found if option.shortfall <= ACCURACY_TOLERANCE]
-        return undominated(found)
+        return self._undominated(found)
+
+    def _undominated(self, options: list[Option]) -> list[Option]:
+        """Best first. Options that take different turns, or different parts of a short label budget, do not replace
+        one another."""
+        kinds: dict[tuple[object, float], list[Option]] = {}
+        for option in options:
+            turn = None if option.turn is None else (option.turn.link_id, option.turn.index)
+            kinds.setdefault((turn, option.label_seconds if self.labels_matter else 0.0), []).append(option)
+        if len(kinds) == 1:
+            return undominated(options)
+        return sorted((o for kind in kinds.values() for o in undominated(kind)), key=lambda o: -o.value)
 
     def _inference_places(self, stream: StreamProfile) -> list[tuple[Place, NDArray[np.float64]]]:
         """Places for inference with the seconds that starting each configuration there costs."""
@@ -104,8 +136,15 @@ def _memory_matters(problem: Problem) -> bool:
     for stream in problem.streams:
         most += max(p.memory_bytes for p in stream.inference)
         most += max((p.memory_bytes for p in stream.retrain), default=0)
-        most += max((p.swap_bytes for p in stream.retrain), default=0)
+        most += max([p.swap_bytes for p in stream.retrain] + [p.swap_bytes for p in stream.cloud], default=0)
     return any(0 < gpu.memory_bytes < most for gpu in problem.gpus)
+
+
+def _labels_matter(problem: Problem) -> bool:
+    """Whether the streams could want more labels than the budget has."""
+    if problem.label_budget_s is None:
+        return False
+    return sum(most_label_seconds(stream) for stream in problem.streams) > problem.label_budget_s
 
 
 def _meet(one: Place, other: Place) -> Place | None:
@@ -123,13 +162,17 @@ class _Choices:
 
     def __init__(self, maker: OptionMaker, stream: StreamProfile) -> None:
         self.maker, self.stream = maker, stream
-        self.window_s = maker.problem.window_s
+        self.window_s = own_window_s(stream, maker.problem.window_s)
         self.a0 = stream.accuracy_now
         self.q = np.array([p.relative_accuracy for p in stream.inference])
         self.lam_bytes = np.array([p.memory_bytes for p in stream.inference], dtype=np.int64)
         self.a1 = np.array([p.accuracy_after for p in stream.retrain])
         attainable = attainable_floor(stream, maker.class_gpus, maker.quantum)
         self.floor = min(stream.min_accuracy, attainable)
+        asked_s = asked_latency_s(stream, maker.class_gpus, maker.quantum)
+        latency_s = np.array([p.latency_s for p in stream.inference])
+        # By which part of it an inference configuration is above the limit.
+        self.late = np.maximum(0.0, latency_s - SECONDS_TOLERANCE - asked_s) / max(asked_s, SECONDS_TOLERANCE)
         self.need = np.array(
             [[needed_quanta(p, gpu, maker.quantum) for p in stream.inference] for gpu in maker.class_gpus]
         )
@@ -150,6 +193,7 @@ class _Choices:
             if not any(
                 retrain[o].accuracy_after >= one.accuracy_after
                 and retrain[o].pinned_gpu is None
+                and (not self.maker.labels_matter or retrain[o].label_seconds <= one.label_seconds)
                 and (
                     not self.maker.memory_matters
                     or (retrain[o].memory_bytes <= one.memory_bytes and retrain[o].swap_bytes <= one.swap_bytes)
@@ -178,6 +222,7 @@ class _Choices:
             # The configuration in use may be worth keeping for its own sake: changing it costs time.
             beaten = self.stream.inference[index].inference_id != serving and any(
                 self.q[o] >= self.q[index]
+                and self.late[o] <= self.late[index]
                 and (not self.maker.memory_matters or self.lam_bytes[o] <= self.lam_bytes[index])
                 for o in keep
             )
@@ -198,9 +243,37 @@ class _Choices:
                     lam=int(lam),
                     lam_quanta=quanta,
                     jobs=(Job(place, quanta, int(self.lam_bytes[lam])),),
-                    shortfall=max(0.0, self.floor - float(accuracy)),
+                    shortfall=max(0.0, self.floor - float(accuracy)) + float(self.late[lam]),
                 )
             )
+        return found
+
+    def send(self, place: Place, start_cost_s: Floats, c: int, found_turns: list[Turn]) -> list[Option]:
+        """Options that retrain with configuration ``c`` of the stream's cloud, valued at the earliest arrival."""
+        profile, found = self.stream.cloud[c], list[Option]()
+        if profile.accuracy_after <= self.a0:
+            return found
+        for lam in self._usable(place.gpu_class):
+            q, cost_s = float(self.q[lam]), float(start_cost_s[lam])
+            quanta = int(self.need[place.gpu_class][lam])
+            job = Job(place, quanta, int(self.lam_bytes[lam]) + profile.swap_bytes)
+            shortfall = max(0.0, self.floor - self.a0 * q) + float(self.late[lam])
+            for turn in found_turns:
+                before = self.a0 * q * max(0.0, turn.earliest_s - cost_s)
+                after = profile.accuracy_after * q * (self.window_s - max(turn.earliest_s, cost_s))
+                found.append(
+                    Option(
+                        kind="serve",
+                        value=(before + max(0.0, after)) / self.window_s,
+                        lam=int(lam),
+                        lam_quanta=quanta,
+                        jobs=(job,),
+                        shortfall=shortfall,
+                        cloud=c,
+                        turn=turn,
+                        label_seconds=profile.label_seconds,
+                    )
+                )
         return found
 
     def _values(
@@ -216,7 +289,8 @@ class _Choices:
         after_accuracy = self.a1[gammas][:, None] * self.q[afters][None, :]  # (g, m)
         after = after_accuracy[None, :, None, :] * served_after_s
         least = np.minimum((self.a0 * self.q[lams])[:, None, None], after_accuracy[None])
-        return (before + after) / window_s, np.maximum(0.0, self.floor - least)
+        late = np.maximum(self.late[lams][:, None, None], self.late[afters][None, None, :])
+        return (before + after) / window_s, np.maximum(0.0, self.floor - least) + late
 
     def bundle(self, place: Place, start_cost_s: Floats, gammas: list[int], seconds: Floats) -> list[Option]:
         lams = self._usable(place.gpu_class)
@@ -324,4 +398,5 @@ class _Choices:
             lam_after=after,
             moves=moves,
             shortfall=float(shortfall[l, g, m]),
+            label_seconds=profile.label_seconds,
         )

@@ -8,20 +8,39 @@ whenever the cheapest configurations of all streams can be packed at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from optimizer.execution import capacity_quanta, fits, needed_quanta, retrain_seconds, share_of
-from optimizer.objective import ACCURACY_TOLERANCE, attainable_floor
+from optimizer.execution import (
+    asked_latency_s,
+    capacity_quanta,
+    fits,
+    needed_quanta,
+    own_window_s,
+    retrain_seconds,
+    share_of,
+)
+from optimizer.objective import ACCURACY_TOLERANCE, SECONDS_TOLERANCE, attainable_floor
 from protocol.errors import PlanError
-from protocol.plan import Assignment, InferenceStep, Plan, Problem, RetrainStep, SolveReport, StreamProfile
+from protocol.plan import (
+    Assignment,
+    CloudStep,
+    InferenceStep,
+    Plan,
+    Problem,
+    RetrainStep,
+    SolveReport,
+    StreamProfile,
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
     """What one stream does and where: indices into its profiles and into the problem's GPUs.
 
-    ``gamma`` -1 = no retraining; then ``lam_after`` and ``gpu_after`` mean nothing.
+    ``gamma`` -1 = no retraining on a GPU, ``cloud`` -1 = none in the cloud; where both are, ``lam_after``
+    and ``gpu_after`` mean nothing. ``turn``: the retraining's turn on its link.
     """
 
     lam: int
@@ -31,6 +50,8 @@ class Placed:
     retrain_gpu: int = -1
     lam_after: int = -1
     gpu_after: int = -1
+    cloud: int = -1
+    turn: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,13 +87,19 @@ def _assignment(problem: Problem, stream: StreamProfile, choice: Placed) -> Assi
         )
 
     first = step(choice.lam, choice.gpu, (), 0.0)
+    if choice.cloud >= 0:
+        sent = CloudStep(retrain_id=stream.cloud[choice.cloud].retrain_id, turn=choice.turn)
+        steps: tuple[InferenceStep, ...] = (first,)
+        if (choice.lam_after, choice.gpu_after) != (choice.lam, choice.gpu):
+            steps += (step(choice.lam_after, choice.gpu_after, (stream.stream_id,), 0.0),)
+        return Assignment(stream_id=stream.stream_id, inference=steps, cloud=sent)
     if choice.gamma < 0:
         return Assignment(stream_id=stream.stream_id, inference=(first,))
     gpu, profile = problem.gpus[choice.retrain_gpu], stream.retrain[choice.gamma]
     share = share_of(choice.r, quantum)
     end_s = retrain_seconds(profile, gpu, share)
     retrain = RetrainStep(retrain_id=profile.retrain_id, gpu_id=gpu.gpu_id, share=share, planned_end_s=end_s)
-    steps: tuple[InferenceStep, ...] = (first,)
+    steps = (first,)
     if (choice.lam_after, choice.gpu_after) != (choice.lam, choice.gpu):
         steps += (step(choice.lam_after, choice.gpu_after, (stream.stream_id,), end_s),)
     return Assignment(stream_id=stream.stream_id, inference=steps, retrain=retrain)
@@ -123,22 +150,29 @@ class _Packing:
         attainable = attainable_floor(stream, self.problem.gpus, self.problem.share_quantum)
         return min(stream.min_accuracy, attainable) - ACCURACY_TOLERANCE
 
+    def latency_s(self, v: int) -> float:
+        """What is asked of the latency of stream v, inf = nothing."""
+        stream = self.problem.streams[v]
+        if stream.max_latency_s is None:
+            return math.inf
+        return asked_latency_s(stream, self.problem.gpus, self.problem.share_quantum) + SECONDS_TOLERANCE
+
     def ladder(self, v: int) -> list[int]:
-        """Configurations of stream v from the wished one down: first those on or above the floor, then the others."""
+        """Configurations of stream v from the wished one down, first those that keep floor and latency limit."""
         stream, wish = self.problem.streams[v], self.wishes[v]
         least = [min(row) for row in self.needs[v]]
         limit = wish.lam_quanta if wish.lam is None else least[wish.lam]
         ceiling = 1.0 if wish.lam is None else stream.inference[wish.lam].relative_accuracy
-        floor = self.floor(v)
+        floor, latency_s = self.floor(v), self.latency_s(v)
 
-        def key(lam: int) -> tuple[bool, bool, float, int]:
+        def key(lam: int) -> tuple[int, bool, float, int]:
             profile = stream.inference[lam]
             within = least[lam] <= limit and profile.relative_accuracy <= ceiling
-            below = stream.accuracy_now * profile.relative_accuracy < floor
-            return (below, not within, -profile.relative_accuracy if within else float(least[lam]), least[lam])
+            broken = (stream.accuracy_now * profile.relative_accuracy < floor) + (profile.latency_s > latency_s)
+            return (broken, not within, -profile.relative_accuracy if within else float(least[lam]), least[lam])
 
         order = sorted(range(len(stream.inference)), key=key)
-        if wish.lam is not None:
+        if wish.lam is not None and stream.inference[wish.lam].latency_s <= latency_s:
             order.remove(wish.lam)
             order.insert(0, wish.lam)
         return order
@@ -178,7 +212,7 @@ class _Packing:
                 continue
             quanta = min(r, self.room.quanta[gpu])
             seconds = retrain_seconds(profile, self.problem.gpus[gpu], share_of(quanta, self.problem.share_quantum))
-            if seconds >= self.problem.window_s:
+            if seconds >= own_window_s(self.problem.streams[v], self.problem.window_s):
                 continue
             preference = 0 if gpu == self.wishes[v].retrain_gpu else 1 if gpu == self.gpu[v] else 2
             key = (seconds if quanta < r else 0.0, preference, self.room.quanta[gpu] - quanta)
@@ -199,7 +233,10 @@ class _Packing:
         if retrain_gpu == gpu:
             held_bytes += stream.retrain[gamma].memory_bytes + stream.retrain[gamma].swap_bytes
         best = lam
+        latency_s = max(self.latency_s(v), stream.inference[lam].latency_s)
         for other, profile in enumerate(stream.inference):
+            if profile.latency_s > latency_s:
+                continue
             better = profile.relative_accuracy > stream.inference[best].relative_accuracy
             fits_bytes = self.room.num_bytes[gpu] is None or profile.memory_bytes <= held_bytes
             if better and fits_bytes and self.need(v, other, gpu) <= room:
@@ -215,26 +252,54 @@ def pack(problem: Problem, wishes: Sequence[Wish]) -> list[Placed]:
     if not all(packing.place_inference(v, ladders[v]) for v in order):
         packing = _cheapest_first(problem, wishes, ladders)
     placed: list[Placed] = [Placed(lam, gpu) for lam, gpu in zip(packing.lam, packing.gpu, strict=True)]
+    labels_left_s = math.inf if problem.label_budget_s is None else problem.label_budget_s + SECONDS_TOLERANCE
     for v in sorted(order, key=lambda v: _retrain_order(problem, v, wishes[v])):
         wish = wishes[v]
         if wish.gamma < 0 or wish.r < 1:
             continue
         stream = problem.streams[v]
-        spot = packing.place_retraining(v, wish.r, wish.gamma)
+        gamma = wish.gamma
+        if stream.retrain[gamma].label_seconds > labels_left_s:
+            gamma = _within_labels(problem, v, wish, labels_left_s)
+        spot = packing.place_retraining(v, wish.r, gamma) if gamma >= 0 else None
         if spot is not None:
             gpu, quanta = spot
-            after = packing.best_after(v, wish.gamma, gpu, quanta)
-            placed[v] = Placed(packing.lam[v], packing.gpu[v], wish.gamma, quanta, gpu, after, packing.gpu[v])
-            keeps_floor = stream.retrain[wish.gamma].accuracy_after * stream.inference[after].relative_accuracy
+            after = packing.best_after(v, gamma, gpu, quanta)
+            keeps_floor = stream.retrain[gamma].accuracy_after * stream.inference[after].relative_accuracy
             if keeps_floor < packing.floor(v):
-                placed[v] = Placed(packing.lam[v], packing.gpu[v])
+                continue
+            placed[v] = Placed(packing.lam[v], packing.gpu[v], gamma, quanta, gpu, after, packing.gpu[v])
+            labels_left_s -= stream.retrain[gamma].label_seconds
     return placed
 
 
-def _retrain_order(problem: Problem, v: int, wish: Wish) -> tuple[bool, int]:
-    """Retrainings that already run keep their place before new ones, then the largest first."""
-    pinned = wish.gamma >= 0 and problem.streams[v].retrain[wish.gamma].pinned_gpu is not None
-    return (not pinned, -wish.r)
+def _retrain_order(problem: Problem, v: int, wish: Wish) -> tuple[bool, float]:
+    """Retrainings that already run keep their place before new ones, then the largest first.
+
+    Where labels are short, those that gain most per second of labelling.
+    """
+    if wish.gamma < 0:
+        return (True, 0.0)
+    stream = problem.streams[v]
+    profile = stream.retrain[wish.gamma]
+    if problem.label_budget_s is None:
+        return (profile.pinned_gpu is None, -wish.r)
+    gain = stream.weight * (profile.accuracy_after - stream.accuracy_now)
+    return (profile.pinned_gpu is None, -gain / max(profile.label_seconds, 1e-9))
+
+
+def _within_labels(problem: Problem, v: int, wish: Wish, labels_left_s: float) -> int:
+    """The retraining of stream v that is worth most with the wished share among those whose labels can be had."""
+    stream, best, most = problem.streams[v], -1, 0.0
+    own_s = own_window_s(stream, problem.window_s)
+    share = share_of(wish.r, problem.share_quantum)
+    for gamma, profile in enumerate(stream.retrain):
+        if profile.label_seconds <= labels_left_s and profile.pinned_gpu is None:
+            seconds = min(retrain_seconds(profile, gpu, share) for gpu in problem.gpus)
+            worth = (profile.accuracy_after - stream.accuracy_now) * max(0.0, own_s - seconds)
+            if worth > most:
+                best, most = gamma, worth
+    return best
 
 
 def _cheapest_first(problem: Problem, wishes: Sequence[Wish], ladders: dict[int, list[int]]) -> _Packing:

@@ -9,7 +9,7 @@ allows, and the retraining configuration with the best window-averaged accuracy,
 A theft touches two streams at most, and what a stream makes of its two shares is independent of all
 others: ``ShareTable`` holds that value for all pairs of shares, computed once, and a theft is a
 look-up of two entries. GPUs are one pool until ``pack`` places the jobs; a retraining gets one GPU at
-most.
+most. Links to a cloud are filled greedily afterwards (``cloud.with_cloud``).
 
 ``thief:one-pass`` is the algorithm to the letter. What one pass finds depends on the order of the
 jobs, and with many streams it stops well short; ``thief`` repeats it until no theft pays, and takes
@@ -27,13 +27,21 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency, share_of
-from optimizer.objective import ACCURACY_TOLERANCE, attainable_floor, judge
+from optimizer.execution import (
+    asked_latency_s,
+    capacity_quanta,
+    needed_quanta,
+    own_window_s,
+    share_efficiency,
+    share_of,
+)
+from optimizer.objective import ACCURACY_TOLERANCE, SECONDS_TOLERANCE, attainable_floor, judge
+from optimizer.policies.cloud import with_cloud
 from optimizer.policies.packing import Placed, Wish, pack, write_plan
 from protocol.plan import Plan, Problem, SolveReport, StreamProfile
 from protocol.schema import GpuSpec
 
-BELOW_FLOOR = -1.0  # added to the value of a stream whose shares sustain nothing above its floor
+BELOW_FLOOR = -1.0  # added to the value of a stream whose shares sustain nothing that keeps floor and latency
 UNSERVED = -2.0
 MAX_PASSES = 20
 
@@ -65,17 +73,19 @@ def share_table(
     choices = np.arange(len(stream.retrain)) if allowed is None else np.array(allowed, dtype=np.int64)
     cost_s = np.array([p.gpu_seconds for p in stream.retrain], dtype=np.float64)[choices]
     after = np.array([p.accuracy_after for p in stream.retrain], dtype=np.float64)[choices]
-    swap = np.minimum(1.0, cost_s[:, None] * pace[None, :] / problem.window_s)
+    swap = np.minimum(1.0, cost_s[:, None] * pace[None, :] / own_window_s(stream, problem.window_s))
     average = stream.accuracy_now * swap + after[:, None] * (1.0 - swap)
     # Row 0: no retraining. Ties go to it, and then to the configuration that comes first.
     average = np.vstack([np.full((1, quanta + 1), stream.accuracy_now), average])
     row_of = average.argmax(axis=0)
     best, gamma = average.max(axis=0), np.concatenate([[-1], choices])[row_of]
     floor = min(stream.min_accuracy, attainable_floor(stream, problem.gpus, quantum)) - ACCURACY_TOLERANCE
+    latency_s = asked_latency_s(stream, problem.gpus, quantum) + SECONDS_TOLERANCE
     factor: NDArray[np.float64] = np.zeros(quanta + 1)
     penalty = np.full(quanta + 1, UNSERVED)
     for serving in stream.inference:
-        level = BELOW_FLOOR if stream.accuracy_now * serving.relative_accuracy < floor else 0.0
+        below = stream.accuracy_now * serving.relative_accuracy < floor or serving.latency_s > latency_s
+        level = BELOW_FLOOR if below else 0.0
         from_quanta = needed_quanta(serving, gpu, quantum)
         row = slice(from_quanta, None)
         better = (level > penalty[row]) | ((level == penalty[row]) & (serving.relative_accuracy > factor[row]))
@@ -194,7 +204,9 @@ def _thief(problem: Problem, budget_s: float, name: str, passes: int) -> Plan:
         done = rounds < 1 or shares.steal(started_s + budget_s, rounds)
         detail = "" if done else "stopped stealing at the deadline"
         if rounds >= 1:
-            plans.append(heuristic_plan(problem, pack(problem, shares.wishes()), name, started_s, detail))
+            plans.append(
+                heuristic_plan(problem, with_cloud(problem, pack(problem, shares.wishes())), name, started_s, detail)
+            )
         if not done:
             break
     return max(plans, key=lambda plan: judge(problem, plan).rank)
