@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 import msgspec
 
-from optimizer.objective import Verdict, judge, stamped
+from optimizer.objective import SECONDS_TOLERANCE, Verdict, judge, stamped
 from optimizer.policies import baselines
+from optimizer.policies.reductions import lowered
 from optimizer.policies.registry import PolicyEntry, get_policy, policy_entry
 from optimizer.policies.thief import thief
 from optimizer.problems import check_problem
@@ -52,9 +53,11 @@ class Candidate:
 
 @dataclass(slots=True)
 class _Question:
-    """The question under way."""
+    """The question under way. ``planned``: the problem at its planning quantile, which plans are made for and
+    chosen by; what is reported is what is expected of them on ``problem``."""
 
     problem: Problem
+    planned: Problem
     started_s: float
     deadline_s: float
     incumbents: list[Candidate]
@@ -191,7 +194,7 @@ class Planner:
 
     def _begin(self, problem: Problem, last_plan: Plan | None, budget_s: float) -> None:
         now = self._clock()
-        question = _Question(problem, now, now + budget_s, [], [])
+        question = _Question(problem, problem, now, now + budget_s, [], [])
         dropped, self._question = self._question, question
         if dropped is not None and dropped.asked:
             self._drop(dropped, question)
@@ -200,6 +203,7 @@ class Planner:
         except InputError as error:
             question.notes.append(str(error))
             return
+        question.planned = lowered(problem)
         self._pool.ensure()
         self._ask(question)
         self._make_incumbents(question, last_plan)
@@ -219,7 +223,7 @@ class Planner:
             return
         margin_s = _of(_ANSWER_MARGIN_S, question.problem)
         try:
-            self._child.ask(question.problem, question.deadline_s - self._clock() - margin_s)
+            self._child.ask(question.planned, question.deadline_s - self._clock() - margin_s)
             question.asked = True
         except ProtocolError as error:
             question.notes.append(f"{self.policy_name}: the problem cannot be sent to it ({error})")
@@ -229,7 +233,7 @@ class Planner:
 
     def _make_incumbents(self, question: _Question, last_plan: Plan | None) -> None:
         """Plans at hand, the quickest first. For a policy that is sent as it is, only that policy's own plan."""
-        problem = question.problem
+        problem = question.planned
         if not self._entry.exact and not self._entry.solver:
             policy = get_policy(self.policy_name)
             left_s = question.deadline_s - self._clock() - _of(_JUDGING_S, problem)
@@ -261,7 +265,7 @@ class Planner:
     def _attempt(self, question: _Question, method: str, make: Callable[[], Plan]) -> Candidate | None:
         try:
             plan = make()
-            made = Candidate(method, plan, judge(question.problem, plan))
+            made = Candidate(method, plan, judge(question.planned, plan))
         except Exception as error:
             # A fault in one method must not cost the plans of the others.
             reason = str(error) if isinstance(error, PlanError) else f"{type(error).__name__}: {error}"
@@ -297,7 +301,7 @@ class Planner:
         return msgspec.structs.replace(best.plan, report=report)
 
     def _report(self, question: _Question, best: Candidate, wanted: Candidate | None) -> SolveReport:
-        value = best.verdict.value
+        problem, value = question.problem, best.verdict.value
         made = best.plan.report
         notes = list(dict.fromkeys([*question.notes, *([made.detail] if made.detail else [])]))
         bound, status = made.bound, made.status
@@ -308,8 +312,15 @@ class Planner:
                 status = "heuristic"
                 notes.insert(0, f"{best.method} is better than {self.policy_name} ({wanted.verdict.value:.4f})")
         broken = [violation.subject for violation in best.verdict.violations]
-        if broken:
-            notes.append("below their floor: " + ", ".join(broken))
+        for kind, words in (("floor", "below their floor"), ("latency", "slower than their limit")):
+            names = [violation.subject for violation in best.verdict.violations if violation.kind == kind]
+            if names:
+                notes.append(f"{words}: {', '.join(names)}")
+        notes += _unattainable(problem, best.verdict)
+        if question.planned is not problem:
+            # Its bound is on the lowered gains, its value on what is expected.
+            value, bound = judge(problem, best.plan).value, None
+            notes.append(f"planned on the {problem.planning_quantile:.0%} quantile of the gains")
         gap: float | None = None
         if bound is not None and (not bound >= value - _VALUE_TOLERANCE or broken):
             notes.append(f"the bound {bound:.4f} does not hold for this plan")
@@ -325,12 +336,25 @@ class Planner:
             gap=gap,
             seconds=max(0.0, self._clock() - question.started_s),
             detail="; ".join(notes)[: 4 * _MOST_DETAIL],
+            planning_quantile=problem.planning_quantile,
         )
 
 
 def _of(amount: tuple[float, float], problem: Problem) -> float:
     """(something, something per stream) for the streams of a problem."""
     return amount[0] + amount[1] * len(problem.streams)
+
+
+def _unattainable(problem: Problem, verdict: Verdict) -> list[str]:
+    """The streams whose latency limit no configuration keeps, with what they get."""
+    found = [
+        f"{one.stream_id} ({one.max_latency_s:g} s of {stream.max_latency_s:g} s)"
+        for stream, one in zip(problem.streams, verdict.streams, strict=True)
+        if stream.max_latency_s is not None and one.max_latency_s > stream.max_latency_s + SECONDS_TOLERANCE
+    ]
+    broken = {violation.subject for violation in verdict.violations if violation.kind == "latency"}
+    found = [text for text in found if text.partition(" ")[0] not in broken]
+    return [f"no configuration keeps the latency limit of {', '.join(found)}"] if found else []
 
 
 def _steps(plan: Plan) -> int:

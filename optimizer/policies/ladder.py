@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from optimizer.objective import judge
+from optimizer.objective import Verdict, judge
 from optimizer.policies.milp import milp
+from optimizer.policies.reductions import labels_are_short, plain
+from optimizer.policies.thief import thief
 from optimizer.policies.timeline import timeline
 from protocol.errors import PlanError
 from protocol.plan import Plan, Problem
@@ -33,13 +35,19 @@ def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan]
     began = time.monotonic()
     plans: list[Plan] = []
     reasons: list[str] = []
-    for policy, part in ((timeline, _TIMELINE_PART), (milp, 1.0)):
-        left = budget_s * part - (time.monotonic() - began)
-        if policy is milp and (len(problem.streams) > _MANY_STREAMS or left < 0.05):
+    many = len(problem.streams) > _MANY_STREAMS
+    short = labels_are_short(problem)  # then the time-indexed plan spends what the static one does
+    static = thief if many else milp
+    for policy in (static, timeline) if short else (timeline, static):
+        left = budget_s * (_TIMELINE_PART if not plans else 1.0) - (time.monotonic() - began)
+        if policy is static and not short and (left < 0.05 or (many and not problem.links)):
             break
         try:
-            plans.append(policy(problem, left))
-            if offer is not None and policy is timeline and len(problem.streams) <= _MANY_STREAMS:
+            if policy is timeline:
+                plans.insert(0, _in_plain_words(problem, left, plans[0] if plans else None))
+            else:
+                plans.append(policy(problem, left))
+            if offer is not None and len(plans) == 1 and not many:
                 offer(plans[0])  # the static MILP may overrun what is left, and is killed then
         except PlanError as error:
             reasons.append(str(error))
@@ -54,12 +62,29 @@ def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan]
         report = msgspec.structs.replace(
             report, policy="timeline", detail="; ".join(filter(None, [report.detail, detail]))
         )
+    if bound is not None and _late(verdicts[best]):
+        bound = None  # it holds for plans that keep the latency limits
     if bound is not None:
         bound = max(bound, value)
         gap = (bound - value) / bound if bound > 0.0 else 0.0
         report = msgspec.structs.replace(report, value=value, bound=bound, gap=gap)
     else:
-        report = msgspec.structs.replace(report, value=value, bound=None, gap=None)
+        status = "heuristic" if report.status in ("optimal", "feasible") else report.status
+        report = msgspec.structs.replace(report, value=value, bound=None, gap=None, status=status)
     return msgspec.structs.replace(
         plans[best], report=msgspec.structs.replace(report, seconds=time.monotonic() - began)
     )
+
+
+def _late(verdict: Verdict) -> bool:
+    return any(violation.kind == "latency" for violation in verdict.violations)
+
+
+def _in_plain_words(problem: Problem, budget_s: float, static: Plan | None) -> Plan:
+    """The time-indexed plan of a problem that may ask for more than the search knows; no bound is claimed then."""
+    known, exact = plain(problem, static)
+    plan = timeline(known, budget_s)
+    if exact:
+        return plan
+    report = msgspec.structs.replace(plan.report, status="heuristic", bound=None, gap=None)
+    return msgspec.structs.replace(plan, report=report)

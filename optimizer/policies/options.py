@@ -26,7 +26,6 @@ from optimizer.execution import (
     asked_latency_s,
     capacity_quanta,
     gpu_classes,
-    most_label_seconds,
     needed_quanta,
     own_window_s,
     retrain_seconds,
@@ -35,6 +34,7 @@ from optimizer.execution import (
 from optimizer.objective import ACCURACY_TOLERANCE, SECONDS_TOLERANCE, attainable_floor
 from optimizer.policies.choices import Job, Option, Place, Turn, undominated
 from optimizer.policies.cloud import turns
+from optimizer.policies.reductions import labels_are_short
 from protocol.plan import Problem, StreamProfile
 
 Floats = NDArray[np.float64]
@@ -61,7 +61,7 @@ class OptionMaker:
         self.position = {gpu.gpu_id: index for index, gpu in enumerate(problem.gpus)}
         self.class_of = {g: place.gpu_class for place in self.classes for g in place.gpus}
         self.memory_matters = _memory_matters(problem)
-        self.labels_matter = _labels_matter(problem)
+        self.labels_matter = labels_are_short(problem)
         self.turns = turns(problem) if problem.links else {}
         self.number = {stream.stream_id: v for v, stream in enumerate(problem.streams)}
 
@@ -138,13 +138,6 @@ def _memory_matters(problem: Problem) -> bool:
         most += max((p.memory_bytes for p in stream.retrain), default=0)
         most += max([p.swap_bytes for p in stream.retrain] + [p.swap_bytes for p in stream.cloud], default=0)
     return any(0 < gpu.memory_bytes < most for gpu in problem.gpus)
-
-
-def _labels_matter(problem: Problem) -> bool:
-    """Whether the streams could want more labels than the budget has."""
-    if problem.label_budget_s is None:
-        return False
-    return sum(most_label_seconds(stream) for stream in problem.streams) > problem.label_budget_s
 
 
 def _meet(one: Place, other: Place) -> Place | None:

@@ -46,12 +46,12 @@ def _lowered(profile: Choice, stream: StreamProfile, z: float) -> Choice:
     return msgspec.structs.replace(profile, accuracy_after=max(stream.accuracy_now, profile.accuracy_after - z * error))
 
 
-def planned_on_quantile(policy: Callable[[Problem, float], Plan]) -> Callable[[Problem, float], Plan]:
+def planned_on_quantile(policy: Callable[..., Plan]) -> Callable[..., Plan]:
     """``policy`` asked at the problem's planning quantile; its report tells the value of what is expected."""
 
     @functools.wraps(policy)
-    def planned(problem: Problem, budget_s: float) -> Plan:
-        plan = policy(lowered(problem), budget_s)
+    def planned(problem: Problem, budget_s: float, *rest: object) -> Plan:
+        plan = policy(lowered(problem), budget_s, *rest)
         return plan if problem.planning_quantile == EXPECTED else restated(problem, plan)
 
     return planned
@@ -121,11 +121,16 @@ def plain(problem: Problem, static: Plan | None) -> tuple[Problem, bool]:
     return msgspec.structs.replace(known, streams=streams, links=(), label_budget_s=None), exact
 
 
+def labels_are_short(problem: Problem) -> bool:
+    """Whether the streams could want more labels than the budget has."""
+    if problem.label_budget_s is None:
+        return False
+    return sum(most_label_seconds(stream) for stream in problem.streams) > problem.label_budget_s
+
+
 def _labels_spent(problem: Problem, static: Plan | None) -> dict[str, float] | None:
     """Label seconds per stream in the plan ``static``; None where the budget is enough for everything."""
-    if problem.label_budget_s is None:
-        return None
-    if sum(most_label_seconds(stream) for stream in problem.streams) <= problem.label_budget_s:
+    if not labels_are_short(problem):
         return None
     spent: dict[str, float] = {}
     for assignment in static.assignments if static is not None else ():

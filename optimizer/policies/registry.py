@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from optimizer.policies.reductions import planned_on_quantile
 from protocol.errors import InputError
 from protocol.plan import Plan, Problem
 
@@ -50,15 +51,18 @@ def policy_entry(name: str) -> PolicyEntry:
 
 
 def get_policy(name: str) -> Policy:
-    """The policy called ``name``. InputError, listing what exists, when there is none."""
+    """The policy called ``name``, asked at a problem's planning quantile.
+
+    InputError, listing what exists, when there is none.
+    """
     entry = policy_entry(name)
     module = importlib.import_module(entry.module)
     parameters = None if name in POLICIES else _uniform_parameters(name)
     if parameters is not None:
         variant: Policy = module.uniform_variant(*parameters)
-        return variant
+        return planned_on_quantile(variant)
     policy: Policy = getattr(module, entry.function)
-    return policy
+    return planned_on_quantile(policy)
 
 
 def _uniform_parameters(name: str) -> tuple[str, float] | None:
