@@ -17,7 +17,7 @@ def run(
         str | None, typer.Option("--id", help="Name at the site; by default host name and device.")
     ] = None,
     share: Annotated[
-        Literal["auto", "pacing", "mps"] | None, typer.Option(help="Who holds the workers' GPU shares.")
+        Literal["auto", "pacing", "cgroup", "mps"] | None, typer.Option(help="Who holds the workers' GPU shares.")
     ] = None,
     wait: Annotated[
         float | None, typer.Option(min=0.0, help="Seconds to try to reach the optimizer at the start; 0 = for ever.")

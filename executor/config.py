@@ -9,19 +9,19 @@ from typing import Annotated, Literal
 import msgspec
 
 from executor.limits import Limits, RestartPolicy
+from executor.shares.choose import ShareChoice
 from protocol.errors import ConfigError
 from protocol.schema import Fraction, Record, Seconds
-
-ShareChoice = Literal["auto", "pacing", "mps"]
 
 
 class ExecutorConfig(Record, frozen=True, kw_only=True):
     """One executor. Fields marked * are flags of ``ekya-executor``; the file of ``--config`` sets the others.
 
     device*: ``cpu:K`` or ``cuda:K``. connect*: the optimizer's control address. executor_id*: unique at the site;
-    empty = made of host name and device. share*: who holds shares; ``auto`` takes ``mps`` where an MPS daemon can
-    be run, else ``pacing``. wait_s*: seconds to try to reach the optimizer at the start, 0 = for ever. log_level*:
-    debug, info, warning or error.
+    empty = made of host name and device. share*: who holds shares; ``auto`` takes ``mps`` on a GPU where an MPS
+    daemon can be run, ``cgroup`` (CPU quota) on a core where this process may set quotas, else ``pacing``.
+    wait_s*: seconds to try to reach the optimizer at the start, 0 = for ever. log_level*: debug, info, warning
+    or error.
 
     speed: of this device relative to the one that costs are stated for. reserved_share: of the device, kept free
     for other programs. mps_directory: for the daemon's pipes and logs; short, since socket paths are limited to

@@ -17,7 +17,17 @@ from zmq.utils.monitor import recv_monitor_message
 
 from executor.agent import Fence, changes_of, reconcile
 from executor.config import ExecutorConfig
-from executor.links import Progress, Ready, Report, SetShare, StartJob
+from executor.links import (
+    JobDone,
+    Progress,
+    Ready,
+    Report,
+    SetShare,
+    StartJob,
+    SwapModel,
+    Swapped,
+    SwapRefused,
+)
 from executor.outbox import Outbox
 from executor.processes import ForkServer
 from executor.roster import Roster
@@ -290,6 +300,9 @@ class Service:
         for event in self._supervisor.poll():
             now = self._clock()
             if isinstance(event, Exited):
+                gone = self._roster.get(event.worker_id)
+                if gone is not None:
+                    self.backend.release(gone.pid)
                 self._roster.left(event.worker_id, event.reason, now)
             else:
                 self._report(event.worker_id, event.report, now)
@@ -304,6 +317,12 @@ class Service:
             except WorkerError as error:
                 self._supervisor.stop(worker_id, f"not held to its share: {error}", quick=True)
                 return
+            if worker.state != "stopping":
+                self.backend.hold(report.pid, worker.job.share)
+        elif isinstance(report, Swapped | SwapRefused):
+            self.backend.hold(worker.pid, worker.job.share)
+        elif isinstance(report, JobDone):
+            self.backend.lift(worker.pid)
         if isinstance(report, Progress):
             report = msgspec.structs.replace(
                 report,
@@ -361,11 +380,16 @@ class Service:
         if isinstance(effect, Launch):
             self._launch(worker, now)
         elif isinstance(effect, Halt):
+            if effect.farewell is None:
+                self.backend.lift(worker.pid)
             self._supervisor.stop(worker.worker_id, effect.reason, quick, effect.farewell)
         else:
             order = effect.command
             if isinstance(order, SetShare):
+                self.backend.hold(worker.pid, order.share)
                 order = SetShare(share=self.backend.paced_share(order.share, worker.share_cap))
+            elif isinstance(order, SwapModel):
+                self.backend.lift(worker.pid)
             self._supervisor.send(worker.worker_id, order)
 
     def _launch(self, worker: Worker, now: float) -> None:

@@ -38,6 +38,18 @@ class ShareBackend(Protocol):
         """Check that a worker that has become ready is really held to ``share``. Raises WorkerError."""
         ...
 
+    def hold(self, pid: int, share: float) -> None:
+        """A ready worker has ``share`` from now on; where its own pacing does that, nothing is left to do."""
+        ...
+
+    def lift(self, pid: int) -> None:
+        """Do not slow the worker down for a while: it loads a model beside its work, or leaves. Until ``hold``."""
+        ...
+
+    def release(self, pid: int) -> None:
+        """The worker's process has ended."""
+        ...
+
     def observe(self, duty: float | None, cap: float) -> float | None:
         """The achieved share of a worker started with ``cap`` that measured ``duty`` of its own time busy."""
         ...
@@ -74,6 +86,15 @@ class PacingBackend:
         return share
 
     def attached(self, ready: Ready, share: float) -> None:
+        return None
+
+    def hold(self, pid: int, share: float) -> None:
+        return None
+
+    def lift(self, pid: int) -> None:
+        return None
+
+    def release(self, pid: int) -> None:
         return None
 
     def observe(self, duty: float | None, cap: float) -> float | None:

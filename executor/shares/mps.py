@@ -65,6 +65,15 @@ class MpsBackend:
         if full and share < 1.0 and not 0 < ready.num_units < full:
             raise WorkerError(f"process {ready.pid} sees {ready.num_units} of {full} multiprocessors at {share:g}")
 
+    def hold(self, pid: int, share: float) -> None:
+        return None
+
+    def lift(self, pid: int) -> None:
+        return None
+
+    def release(self, pid: int) -> None:
+        return None
+
     def observe(self, duty: float | None, cap: float) -> float | None:
         return None if duty is None else duty * cap
 
