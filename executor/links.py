@@ -18,6 +18,7 @@ from protocol.schema import (
     RetrainResult,
     Seconds,
     Share,
+    StreamCondition,
     TrialResult,
 )
 
@@ -114,6 +115,13 @@ class StreamStats(Record, frozen=True, kw_only=True, tag="stream_stats"):
     conditions: str = ""
 
 
+class StreamChanged(Record, frozen=True, kw_only=True, tag="stream_changed"):
+    """The stream that the worker serves is another way than before; ``condition`` "ok": it is analysed again."""
+
+    condition: StreamCondition
+    reason: str = ""
+
+
 class Swapped(Record, frozen=True, kw_only=True, tag="swapped"):
     """The new model serves. ``gap_ms``: longest time between two results around the swap."""
 
@@ -158,5 +166,15 @@ class JobBroken(Record, frozen=True, kw_only=True, tag="job_broken"):
 
 
 Report = (
-    Ready | Progress | StreamStats | Swapped | SwapRefused | TookOver | HandedOver | EpochDone | JobDone | JobBroken
+    Ready
+    | Progress
+    | StreamStats
+    | StreamChanged
+    | Swapped
+    | SwapRefused
+    | TookOver
+    | HandedOver
+    | EpochDone
+    | JobDone
+    | JobBroken
 )

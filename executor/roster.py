@@ -24,6 +24,7 @@ from executor.links import (
     Report,
     SetInference,
     SetShare,
+    StreamChanged,
     StreamStats,
     Swapped,
     SwapRefused,
@@ -32,7 +33,7 @@ from executor.links import (
 )
 from executor.outbox import LastingEvent, Outbox
 from executor.roster_entry import Effect, Halt, Launch, Order, Worker
-from protocol.events import Notice, RetrainProgress, TelemetryEvent, WorkerChanged
+from protocol.events import Notice, RetrainProgress, StreamDegraded, StreamRecovered, TelemetryEvent, WorkerChanged
 from protocol.messages import (
     CanaryDone,
     InferenceJob,
@@ -114,6 +115,7 @@ class Roster:
                 progress=worker.progress,
                 restarts=worker.restarts,
                 model_version=worker.model_version,
+                condition=worker.condition,
             )
             for worker in self
         )
@@ -236,6 +238,8 @@ class Roster:
             self._epoch(worker, report)
         elif isinstance(report, JobDone):
             self._done(worker, report)
+        elif isinstance(report, StreamChanged):
+            self._stream_changed(worker, report, now)
         else:
             worker.broken = report
         return []
@@ -305,6 +309,27 @@ class Roster:
             return
         if named is None or named <= worker.job.share + SHARE_TOLERANCE:
             worker.share_held, worker.shrink_sent_s = worker.job.share, None
+
+    def _stream_changed(self, worker: Worker, report: StreamChanged, now: float) -> None:
+        stream_id, before = worker.job.stream.stream_id, worker.condition
+        worker.condition = report.condition
+        if report.condition == "ok":
+            if before != "ok":
+                self.events.append(
+                    StreamRecovered(
+                        stream_id=stream_id,
+                        gpu_id=self._gpu_id,
+                        condition=before,
+                        reason="pictures come again",
+                        after_s=max(0.0, now - worker.degraded_s),
+                    )
+                )
+            return
+        if before == "ok":
+            worker.degraded_s = now
+        self.events.append(
+            StreamDegraded(stream_id=stream_id, gpu_id=self._gpu_id, condition=report.condition, reason=report.reason)
+        )
 
     def _epoch(self, worker: Worker, report: EpochDone) -> None:
         job = worker.job

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from executor.agent import Kind, kind_of
 from executor.links import Command, HandOver, JobBroken
 from protocol.messages import Job
+from protocol.schema import StreamCondition
 
 
 @dataclass(slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class Worker:
     progress: int = 0
     share_achieved: float | None = None
     model_version: int = 0
+    condition: StreamCondition = "ok"
+    degraded_s: float = 0.0
     broken: JobBroken | None = None
     stop_reason: str = ""
     successor_of: int | None = None

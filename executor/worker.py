@@ -26,15 +26,18 @@ from executor.learning.retraining import retrain
 from executor.learning.training import DivergedError
 from executor.learning.trials import run_trials
 from executor.links import EpochDone, JobBroken, JobDone, Ready, StartJob
+from executor.streams.feed import open_feed
 from executor.streams.frames import FrameSource
 from executor.streams.open import open_source
+from executor.streams.record import record
+from executor.streams.ring import RingFrames
 from executor.worker_inference import StreamServer
 from executor.worker_link import Link, ParentGoneError, receive
 from protocol.codec import encode
 from protocol.errors import CheckpointError, DeviceError, InputError, ProtocolError
 from protocol.logs import line
 from protocol.messages import CanaryJob, InferenceJob, LabelJob, RetrainJob, TrialJob
-from protocol.schema import CanaryResult, LabelResult, RetrainResult, StreamSpec, TrialResult
+from protocol.schema import CanaryResult, LabelResult, LiveSource, RetrainResult, StreamSpec, TrialResult
 
 _log = logging.getLogger(__name__)
 
@@ -73,7 +76,7 @@ def _run(
     try:
         device = take_device(start.device)
         link = Link(connection, start, device)
-        source = None if isinstance(start.job, RetrainJob) else open_stream(start.job.stream)
+        source = _source_of(start, open_stream)
         result = _work(start, device, link, source, started)
         if result is not None:
             link.send(JobDone(result=result))
@@ -93,6 +96,16 @@ def _run(
             source.close()
 
 
+def _source_of(start: StartJob, open_stream: Callable[[StreamSpec], FrameSource]) -> FrameSource | None:
+    """The frames by number that the job needs: those of a live stream are the ones that its server keeps."""
+    stream = start.job.stream
+    if isinstance(start.job, RetrainJob):
+        return None
+    if isinstance(stream.source, LiveSource):
+        return None if isinstance(start.job, InferenceJob) else RingFrames(Path(start.store), stream)
+    return open_stream(stream)
+
+
 def _work(
     start: StartJob, device: Device, link: Link, source: FrameSource | None, started: float
 ) -> LabelResult | TrialResult | RetrainResult | CanaryResult | None:
@@ -105,15 +118,19 @@ def _work(
 
     if isinstance(job, RetrainJob):
         return retrain(job, store, device, link, ready, lambda epoch: link.send(EpochDone(epoch=epoch)))
+    if isinstance(job, InferenceJob):
+        feed = open_feed(job, source, store, start.origin_s)
+        try:
+            StreamServer(job, feed, store, device, link, start.standby).run(started, start.stats_interval_s)
+        finally:
+            feed.close()
+        return None
     if source is None:
         raise InputError(f"job {job.job_id}: no source")
-    if isinstance(job, InferenceJob):
-        StreamServer(job, source, store, device, link, start.origin_s, start.standby).run(
-            started, start.stats_interval_s
-        )
-        return None
     if isinstance(job, LabelJob):
         ready()
+        if job.record and isinstance(job.stream.source, LiveSource):
+            record(job.stream, job.stream.source, store, job.from_s, job.to_s, link.wait, lambda: bool(link.stopping))
         return label(job, source, store, device, link, seed)
     if isinstance(job, TrialJob):
         return run_trials(job, source, store, device, link, seed, ready)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-import math
 import os
 import statistics
 import time
-from collections import deque
 from pathlib import Path
 
 from executor.learning.device import Device
@@ -20,6 +19,7 @@ from executor.links import (
     HandOver,
     Ready,
     SetInference,
+    StreamChanged,
     StreamStats,
     SwapModel,
     Swapped,
@@ -27,60 +27,37 @@ from executor.links import (
     TakeOver,
     TookOver,
 )
-from executor.streams.clock import FrameClock
-from executor.streams.frames import FrameSource
+from executor.streams.feed import Feed
+from executor.streams.frames import Frame
+from executor.streams.health import Health
+from executor.streams.video import SourceError
 from executor.worker_link import Link
 from protocol.logs import line
 from protocol.messages import InferenceJob
 from protocol.schema import CheckpointRef
 
 _log = logging.getLogger(__name__)
-_BACKLOG_S = 1.0  # frames older than this are of no use to anybody
-
-
-class Backlog:
-    """Frames that arrived and wait for a late worker, oldest first, at most a second of them."""
-
-    def __init__(self, clock: FrameClock, limit: int) -> None:
-        self._clock, self._limit = clock, limit
-        self._waiting: deque[int] = deque()
-
-    def take(self, now: float) -> tuple[list[int], int | None]:
-        """(frames that are given up, the next frame to look at or None)."""
-        arrived = self._clock.arrived(now)
-        skipped = range(arrived.frames.start - arrived.num_skipped, arrived.frames.start)
-        self._waiting.extend(skipped)
-        self._waiting.extend(arrived.frames)
-        dropped = [self._waiting.popleft() for _ in range(len(self._waiting) - self._limit)]
-        return dropped, self._waiting.popleft() if self._waiting else None
+_WELL = Health("ok")
 
 
 class StreamServer:
     """Serves one stream until it is told to stop; answers changes of configuration and model between two frames.
 
-    Constructing it loads and warms up the first model: raises CheckpointError. ``origin_s``, ``standby``: as in
-    StartJob.
+    The stream does not wait for its worker to start: frames that arrive meanwhile queue up in ``feed`` or are dropped.
+    A stream that gives no frames is reported, and costs next to nothing until it is back.
+    Constructing it loads and warms up the first model: raises CheckpointError. ``standby``: as in StartJob.
     """
 
     def __init__(
-        self,
-        job: InferenceJob,
-        source: FrameSource,
-        store: Path,
-        device: Device,
-        link: Link,
-        origin_s: float | None = None,
-        standby: bool = False,
+        self, job: InferenceJob, feed: Feed, store: Path, device: Device, link: Link, standby: bool = False
     ) -> None:
-        self._job, self._source, self._store, self._device, self._link = job, source, store, device, link
-        # The stream does not wait for its worker to start: frames that arrive meanwhile queue up or are dropped.
-        limit = max(2, math.ceil(job.stream.fps * _BACKLOG_S))
-        now = time.monotonic()
-        self._clock = FrameClock(job.stream.fps, job.position_s if origin_s is None else now - origin_s, now, limit)
-        self._backlog = Backlog(self._clock, limit)
+        self._job, self._feed, self._store, self._device, self._link = job, feed, store, device, link
         analyser = load_analyser(store, job.checkpoint, job.stream, device, job.config.resolution_px)
         # The first crops of a source may cost a second (background, decoder): not a stream's first second.
-        analyser.analyse(source.frame(self._clock.next_index), job.config.resolution_px)
+        first = feed.first()
+        if first is not None:
+            with contextlib.suppress(SourceError):  # it is met again, and reported then
+                analyser.analyse(first, job.config.resolution_px)
         self._engine = InferenceEngine(analyser, job.config, task_of(job.stream).judge)
         self._version = analyser.version
         self._loader: ModelLoader | None = None
@@ -90,6 +67,7 @@ class StreamServer:
         self._took_over = False
         self._stats = _Stats(time.monotonic())
         self._conditions = ""
+        self._health = self._trouble = _WELL
         self._standby = standby
         self._from_s, self._until_s = float("-inf"), float("inf")
         link.on_command = self._command
@@ -104,21 +82,26 @@ class StreamServer:
         link.start_afresh()
         self._stats = _Stats(time.monotonic())
         while not link.stopping:
-            dropped, index = self._backlog.take(time.monotonic())
-            for lost in filter(self._is_ours, dropped):
+            taken = self._feed.take(time.monotonic())
+            frame = taken.frame
+            if not relieving:
+                self._stats.lose(taken.num_lost)
+            for lost in filter(self._is_ours, taken.dropped):
                 self._process(lost, dropped=True)
-            if index is not None and self._clock.arrival_s(index) >= self._until_s:
+            if frame is not None and self._feed.arrival_s(frame) >= self._until_s:
                 break
-            if index is not None and self._is_ours(index):
-                self._process(index, dropped=False)
+            if frame is not None and self._is_ours(frame):
+                self._process(frame, dropped=False)
                 if relieving:
                     relieving = False
                     link.send(TookOver(at_s=self._result_at))
                 link.step()
-            elif index is None:
-                if self._clock.next_due() >= self._until_s:
+            elif frame is None:
+                next_s = self._feed.next_s(time.monotonic())
+                if next_s >= self._until_s:
                     break
-                link.wait(min(self._clock.next_due() - time.monotonic(), stats_interval_s))
+                link.wait(min(next_s - time.monotonic(), stats_interval_s))
+            self._watch()
             self._swap()
             if time.monotonic() - self._stats.since >= stats_interval_s:
                 self._flush()
@@ -126,16 +109,29 @@ class StreamServer:
         if self._until_s < float("inf"):
             link.send(HandedOver(at_s=self._result_at))
 
-    def _is_ours(self, index: int) -> bool:
+    def _is_ours(self, frame: Frame) -> bool:
         """Whether a frame came in this worker's time and not in another's of the same stream."""
-        return self._from_s <= self._clock.arrival_s(index) < self._until_s
+        return self._from_s <= self._feed.arrival_s(frame) < self._until_s
 
-    def _process(self, index: int, *, dropped: bool) -> None:
-        frame = self._source.frame(index)
-        outcome = self._engine.process(frame, dropped=dropped)
+    def _watch(self) -> None:
+        """Tell when the stream becomes worse or better."""
+        health = self._trouble if self._trouble != _WELL else self._feed.health(time.monotonic())
+        if health.condition != self._health.condition:
+            self._link.send(StreamChanged(condition=health.condition, reason=health.reason))
+            self._health = health
+
+    def _process(self, frame: Frame, *, dropped: bool) -> None:
+        try:
+            outcome = self._engine.process(frame, dropped=dropped)
+        except SourceError as error:
+            self._trouble = Health("garbage", str(error))
+            self._stats.lose(1)
+            return
+        if outcome.analysed:
+            self._trouble = _WELL
         now = time.monotonic()
         self._conditions = frame.conditions
-        self._stats.add(outcome, dropped, self._clock.lag_s(index, now) * 1e3)
+        self._stats.add(outcome, dropped, (now - self._feed.arrival_s(frame)) * 1e3)
         if self._loader is not None or self._took_over:
             self._gap_s = max(self._gap_s, now - self._result_at)
         self._result_at = now
@@ -191,6 +187,11 @@ class _Stats:
         self.num_frames = self.num_analysed = self.num_dropped = self.num_objects = self.num_scored = 0
         self.accuracy_sum = 0.0
         self.latencies_ms: list[float] = []
+
+    def lose(self, num_frames: int) -> None:
+        """Frames that came and were given up, and that nothing else is known of."""
+        self.num_frames += num_frames
+        self.num_dropped += num_frames
 
     def add(self, outcome: Outcome, dropped: bool, latency_ms: float) -> None:
         self.num_frames += 1

@@ -14,8 +14,10 @@ import msgspec
 from optimizer.checks import check_quantum
 from protocol.errors import ConfigError, InputError
 from protocol.schema import (
+    DatasetSource,
     Fraction,
     InferenceConfig,
+    LiveSource,
     Name,
     PositiveInt,
     PositiveSeconds,
@@ -190,6 +192,11 @@ def _absolute(stream: StreamSpec, folder: Path) -> StreamSpec:
             msgspec.structs.replace(c, video=resolve(c.video), samples=resolve(c.samples)) for c in source.clips
         )
         source = msgspec.structs.replace(source, clips=clips)
+    elif isinstance(source, DatasetSource):
+        images = resolve(source.images) if source.images else ""
+        source = msgspec.structs.replace(source, path=resolve(source.path), images=images)
+    elif isinstance(source, LiveSource) and "://" not in source.url:
+        source = msgspec.structs.replace(source, url=resolve(source.url))
     return msgspec.structs.replace(stream, source=source, student=student, golden=golden)
 
 
@@ -214,6 +221,7 @@ def _check(site: SiteConfig, origin: str) -> None:
                 if name and name not in stream.classes:
                     allowed = ", ".join(stream.classes)
                     raise ConfigError(f"{where}: class_map {coco!r} = {name!r} is no class of it; allowed: {allowed}")
+        _check_source(stream, site, where)
         for path, key in (
             (stream.student.checkpoint, "student.checkpoint"),
             (_golden_file(stream), "golden.weights_file"),
@@ -239,6 +247,34 @@ def _check(site: SiteConfig, origin: str) -> None:
 
 def _golden_file(stream: StreamSpec) -> str:
     return stream.golden.weights_file if isinstance(stream.golden, TorchvisionGolden) else ""
+
+
+_SCHEMES = ("rtsp", "rtsps", "http", "https", "udp", "tcp", "rtp", "srt", "rtmp")
+
+
+def _check_source(stream: StreamSpec, site: SiteConfig, where: str) -> None:
+    source = stream.source
+    if isinstance(source, DatasetSource):
+        for key, path in (("path", source.path), ("images", source.images)):
+            if path and not Path(path).exists():
+                raise ConfigError(f"{where}: source.{key}: {path} is not there; paths are relative to the site file")
+        for category, name in source.class_map.items():
+            if name and name not in stream.classes:
+                allowed = ", ".join(stream.classes)
+                raise ConfigError(f"{where}: class_map {category!r} = {name!r} is no class of it; allowed: {allowed}")
+    if isinstance(source, LiveSource):
+        scheme, separator, rest = source.url.partition("://")
+        if separator and (scheme.lower() not in _SCHEMES or not rest.strip("/")):
+            allowed = ", ".join(f"{name}://" for name in _SCHEMES)
+            raise ConfigError(f"{where}: source.url {source.url!r}: allowed are {allowed}, /dev/videoN and a file")
+        if not separator and not source.url.startswith("/dev/") and not Path(source.url).is_file():
+            raise ConfigError(f"{where}: source.url: {source.url} is not there; paths are relative to the site file")
+        span_s = site.profiling.label_span * site.window_s
+        if source.keep_s < span_s:
+            raise ConfigError(
+                f"{where}: source.keep_s = {source.keep_s:g} is less than the {span_s:g} s that are labelled "
+                "(profiling.label_span x window_s); raise it or label less"
+            )
 
 
 # ---------------------------------------------------------------- explaining a validation error

@@ -19,6 +19,7 @@ from optimizer.asking import WINDOW_PHASES, Asker
 from optimizer.carrying import Carrier
 from optimizer.closing import Closer
 from optimizer.config import SiteConfig
+from optimizer.degrading import notice_conditions
 from optimizer.dispatching import Dispatcher
 from optimizer.emitter import Emitter
 from optimizer.following import serving_job_id
@@ -40,6 +41,7 @@ from optimizer.watching import Watcher
 from protocol import messages as m
 from protocol.events import ExecutorChanged, RetrainFinished, WindowOpened
 from protocol.plan import PlanVersion
+from protocol.schema import LiveSource
 
 # The first window opens at the latest so long after the first models were there.
 _START_S = 15.0
@@ -98,6 +100,8 @@ class Coordinator:
                 return []
             case Tick():
                 pass
+        for reason in notice_conditions(self.state, self.executors, now):
+            self._asker.want(reason)
         self._advance(now)
         if not self._adopting and not self._over:
             if self.state.phase in WINDOW_PHASES:
@@ -245,8 +249,7 @@ class Coordinator:
         if stream is None or self._pipeline.bootstrapped(message.job_id, result):
             return
         if stream.checkpoint is None:
-            if self.state.phase == "bootstrap":
-                self._finish(2, f"the first model of {result.stream_id} cannot be made: {result.reason}")
+            self._no_first_model(stream, f"the first model of {result.stream_id} cannot be made: {result.reason}")
             return
         running = stream.running if stream.running and stream.running.job.job_id == message.job_id else None
         if result.checkpoint is not None and result.checkpoint.version <= stream.judged_version:
@@ -291,8 +294,20 @@ class Coordinator:
             self._asker.want(f"retraining of {message.stream_id} failed")
         elif self._watcher.failed(message.job_id, now):
             pass
-        elif self._pipeline.failed(message.job_id) and self.state.phase == "bootstrap":
-            self._finish(2, f"stream {message.stream_id} cannot be started: {message.reason}")
+        elif self._pipeline.failed(message.job_id) and stream.checkpoint is None:
+            self._no_first_model(stream, f"stream {message.stream_id} cannot be started: {message.reason}")
+
+    def _no_first_model(self, stream: StreamState, reason: str) -> None:
+        """A live stream that cannot be had now is tried again in every window, and holds up no other one."""
+        stream.stage = "done"
+        if self.state.phase != "bootstrap":
+            return
+        others = [s for s in self.state.streams.values() if s is not stream]
+        hopeless = all(s.stage == "done" and s.checkpoint is None for s in others)
+        if hopeless or not isinstance(self._specs[stream.stream_id].source, LiveSource):
+            self._finish(2, reason)
+        else:
+            self._emit.notice("warning", f"{reason}; it is tried again in the next window")
 
     def _settle(self, stream: StreamState) -> None:
         stream.running, stream.settled = None, True
@@ -310,7 +325,7 @@ class Coordinator:
             state.phase = "bootstrap"
         if state.phase == "bootstrap":
             self._pipeline.assign(self.executors, now, share=1.0)
-            if self.executors and all(s.checkpoint and s.stage == "done" for s in state.streams.values()):
+            if self.executors and all(s.stage == "done" for s in state.streams.values()):
                 if self._num_windows == 0:
                     state.phase = "finished"  # only the first models were asked for
                 else:
@@ -329,7 +344,11 @@ class Coordinator:
     def _all_served(self) -> bool:
         """Every stream's worker is ready: the first window is not spent on starting them."""
         ready = {w.job_id for e in self.executors.values() for w in e.workers if w.state == "ready"}
-        return all(serving_job_id(s) in ready for s in self.state.streams if s not in self.state.shed)
+        return all(
+            serving_job_id(s.stream_id) in ready
+            for s in self.state.streams.values()
+            if s.checkpoint and s.stream_id not in self.state.shed
+        )
 
     def _open_window(self, window: int, opened_s: float) -> None:
         state = self.state

@@ -14,7 +14,7 @@ from optimizer.ports import Output, ProfilerPort, Publish
 from optimizer.state import ExecutorState, PipelineJob, SiteState, StreamState
 from protocol.events import LabelsCollected, ProfileEstimated
 from protocol.messages import LabelJob, RetrainJob, TrialJob
-from protocol.schema import LabelResult, RetrainConfig, RetrainResult, StreamSpec, TrialResult
+from protocol.schema import LabelResult, LiveSource, RetrainConfig, RetrainResult, StreamSpec, TrialResult
 
 # With fewer labelled crops than this neither a trial nor its validation says anything.
 _LEAST_CROPS = 8
@@ -36,6 +36,9 @@ class Pipeline:
     def assign(self, executors: Mapping[str, ExecutorState], now: float, share: float) -> None:
         """Give every idle executor the next job, a stream's own executor first."""
         state = self._state
+        for stream in state.streams.values():
+            if stream.degraded and stream.checkpoint and stream.stage in ("label", "trial"):
+                stream.stage = "done"  # nothing new was seen of it; it keeps its last estimates
         for executor_id in sorted(executors):
             if executor_id in state.pipeline:
                 continue
@@ -136,8 +139,12 @@ class Pipeline:
         position = spec.start_s + (0.0 if state.origin_s is None else state.window_opened_s - state.origin_s)
         name = f"{stream.stream_id}/{BOOTSTRAP_ID if first else f'w{window}'}"
         if stream.stage == "label":
+            # Nobody has kept what a live stream showed before it is served: it is recorded now, for its first model.
+            record = isinstance(spec.source, LiveSource) and stream.checkpoint is None
             span = site.bootstrap.seconds if first else site.profiling.label_span * site.window_s
-            fps = site.bootstrap.label_fps if first else spec.label_fps
+            if record and not first:
+                span = min(site.bootstrap.seconds, 0.5 * site.profiling.limit * site.window_s)
+            fps = site.bootstrap.label_fps if first or record else spec.label_fps
             return LabelJob(
                 job_id=f"label/{name}",
                 stream=msgspec.structs.replace(spec, label_fps=min(fps, spec.fps)),
@@ -146,6 +153,7 @@ class Pipeline:
                 from_s=position - span,
                 to_s=position,
                 exemplars=stream.dataset,
+                record=record,
             )
         assert stream.dataset is not None
         if stream.stage == "train":

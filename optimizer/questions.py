@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import msgspec
 
 from optimizer.config import SiteConfig
+from optimizer.degrading import least
 from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency
 from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
 from protocol.plan import Problem, RetrainProfile, StreamProfile
@@ -125,15 +126,16 @@ def _stream(
     choices: tuple[RetrainProfile, ...] = ()
     if with_retraining and not stream.settled:
         running = stream.running
-        if running is None:
+        if running is None and not stream.degraded:
             choices = tuple(p for p in stream.profile.retrain if stream.penalties.get(p.retrain_id, -1) < window)
-        elif running.executor_id in executors:
+        elif running is not None and running.executor_id in executors:
             known = next((p for p in stream.profile.retrain if p.retrain_id == running.retrain_id), None)
             if known is not None:
                 left = work_left(running, executors[running.executor_id].gpu, now)
                 choices = (msgspec.structs.replace(known, gpu_seconds=left, pinned_gpu=running.executor_id),)
     return msgspec.structs.replace(
         stream.profile,
+        inference=least(stream.profile.inference) if stream.degraded else stream.profile.inference,
         retrain=choices,
         min_accuracy=spec.min_accuracy,
         weight=spec.weight,

@@ -93,6 +93,7 @@ class StreamState(msgspec.Struct, kw_only=True):
     """One stream. ``stage``: how far its profiling is. ``profile``: this window's estimates.
 
     ``shortfall``: how much the last window fell behind what was predicted; such streams are profiled first.
+    ``degraded``: it is live and gives no pictures; ``turned_s``: since when its executor says otherwise than this.
     ``settled``: its retraining of this window ended, was refused or failed; no other is started.
     ``canary``: a new model on its way; ``judged_version``: the newest that the gate has seen. ``penalties``: the last
     window in which a retraining configuration is not to be tried.
@@ -117,6 +118,8 @@ class StreamState(msgspec.Struct, kw_only=True):
     canary: Canary | None = None
     judged_version: int = 0
     penalties: dict[str, int] = {}
+    degraded: bool = False
+    turned_s: float | None = None
 
 
 class SiteState(msgspec.Struct, kw_only=True):

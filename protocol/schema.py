@@ -96,7 +96,7 @@ class LiveSource(Record, frozen=True, kw_only=True, tag="live"):
     url: Annotated[str, msgspec.Meta(min_length=1)]
     transport: Literal["tcp", "udp"] = "tcp"
     loop: bool = True
-    open_timeout_s: PositiveSeconds = 10.0
+    open_timeout_s: PositiveSeconds = 6.0
     stall_s: PositiveSeconds = 2.0
     max_latency_s: PositiveSeconds = 0.4
     backoff_s: PositiveSeconds = 0.5

@@ -137,14 +137,20 @@ class InferenceEngine:
         self.config = config
         self._judge = judge
         self._last: Objects | None = None
+        self._seen: int | None = None
 
     def is_due(self, index: int) -> bool:
-        """Whether the configuration asks for this frame to be analysed."""
-        return index % self.config.frame_interval == 0
+        """Whether the configuration asks for this frame to be analysed.
+
+        One in ``frame_interval``; when a live stream has lost the very frame, the next one is analysed in its place.
+        """
+        interval = self.config.frame_interval
+        return index % interval == 0 or (self._seen is not None and index // interval > self._seen // interval)
 
     def process(self, frame: Frame, *, dropped: bool = False) -> Outcome:
         """Analyse the frame when it is due; judge it by the result that then holds."""
         analysed = not dropped and self.is_due(frame.index)
+        self._seen = frame.index
         if analysed:
             self._last = self.analyser.analyse(frame, self.config.resolution_px)
         return Outcome(analysed, len(frame.labels), self._judge(self._last, frame.boxes, frame.labels))

@@ -13,11 +13,10 @@ from executor.learning.inference import (
     frame_accuracy,
     overlaps,
 )
-from executor.streams.clock import FrameClock
+from executor.streams.feed import ClockedFeed
 from executor.streams.frames import Frame
-from executor.worker_inference import Backlog
 from protocol.schema import InferenceConfig
-from tests.executor.tiny_source import SIZE, TinyFrame
+from tests.executor.tiny_source import SIZE, TinyFrame, TinySource, spec
 
 
 def boxes(*rows: tuple[float, float, float, float]) -> NDArray[np.float32]:
@@ -105,16 +104,22 @@ def test_a_model_taken_over_between_two_frames_serves_the_next_one() -> None:
 
 def test_every_frame_is_either_taken_or_dropped_exactly_once_however_late_the_worker_is() -> None:
     draw = np.random.default_rng(5)
-    backlog = Backlog(FrameClock(10.0, 3.0, 50.0, 4), 4)
-    now, seen = 50.0, []
+    feed = ClockedFeed(TinySource(spec(fps=10.0)), 10.0, 3.0, 50.0)
+    now, seen = 50.0, list[int]()
     num_dropped = 0
     for _ in range(400):
         now += float(draw.choice([0.0, 0.05, 0.1, 0.9], p=[0.3, 0.4, 0.2, 0.1]))
-        dropped, index = backlog.take(now)
-        num_dropped += len(dropped)
-        seen += dropped
-        if index is not None:
-            seen.append(index)
+        taken = feed.take(now)
+        num_dropped += len(taken.dropped)
+        seen += [frame.index for frame in taken.dropped]
+        if taken.frame is not None:
+            seen.append(taken.frame.index)
     assert seen == list(range(30, 30 + len(seen)))
     assert num_dropped > 0
-    assert len(seen) >= (now - 50.0) * 10.0 - 5
+    assert len(seen) >= (now - 50.0) * 10.0 - 11
+
+
+def test_the_frame_after_a_lost_one_is_analysed_in_its_place() -> None:
+    serving = engine(4)
+    analysed = [index for index in (0, 1, 3, 5, 6, 7, 8, 15, 17, 19, 20) if serving.process(TinyFrame(index)).analysed]
+    assert analysed == [0, 5, 8, 15, 17, 20]
