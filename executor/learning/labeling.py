@@ -22,6 +22,7 @@ from executor.learning.golden import open_golden
 from executor.learning.stepping import Stepper
 from executor.learning.task import task_of
 from executor.streams.frames import FrameSource
+from executor.streams.video import SourceError
 from protocol.errors import InputError
 from protocol.messages import LabelJob
 from protocol.schema import LabelResult, StreamSpec
@@ -40,38 +41,48 @@ def frames_to_label(from_s: float, to_s: float, fps: float, label_fps: float) ->
 
 @dataclass(frozen=True)
 class Looked:
-    """What the golden model said of some frames. ``golden_s``: busy seconds that it took; ``stopped``: cut short."""
+    """What the golden model said of some frames. ``golden_s``: busy seconds that it took; ``stopped``: cut short;
+    ``missing``: why frames were left out, "" when none was."""
 
     examples: Any
     rows: list[SampleRow]
     num_frames: int
     golden_s: float
     stopped: bool
+    missing: str = ""
 
 
 def look(
     source: FrameSource, stream: StreamSpec, indices: Sequence[int], device: Device, stepper: Stepper, seed: int
 ) -> Looked:
-    """Golden labels of the frames ``indices``, as examples of the stream's task; nothing of it is held out yet."""
+    """Golden labels of the frames ``indices``, as examples of the stream's task; nothing of it is held out yet.
+
+    Frames that cannot be had are left out: a live stream was lost for a while, a recording is damaged.
+    """
     task = task_of(stream)
     golden = open_golden(stream, device, stepper, seed)
     parts = []
     rows: list[SampleRow] = []
     golden_s = 0.0
-    stopped = False
+    stopped, missing = False, ""
     for index in indices:
-        frame = source.frame(index)
         start = stepper.busy_s()
-        labels = golden.label(frame)
+        try:
+            frame = source.frame(index)
+            labels = golden.label(frame)
+            examples = None if labels is None else task.examples(frame, labels, stream)
+        except SourceError as error:
+            missing = str(error)
+            continue
         golden_s += max(0.0, stepper.busy_s() - start)
         stopped = labels is None or stepper.step()
         if labels is None or stopped:
             break
-        parts.append(task.examples(frame, labels, stream))
+        parts.append(examples)
         rows += zip(
             [index] * len(labels), labels.ids.tolist(), labels.boxes.tolist(), labels.scores.tolist(), strict=True
         )
-    return Looked(task.join(parts, stream), rows, len(parts), golden_s, stopped)
+    return Looked(task.join(parts, stream), rows, len(parts), golden_s, stopped, missing)
 
 
 def label(
@@ -94,6 +105,8 @@ def label(
         fresh = task.join([fresh, task.memory(previous, stream)], stream)
     if found.stopped and found.num_frames == 0:
         return None
+    if found.num_frames == 0 and found.missing:
+        raise InputError(f"stream {stream.stream_id}: no frame to label is there: {found.missing}")
     if sum(fresh.class_counts(len(stream.classes))) == 0:
         raise InputError(
             f"stream {stream.stream_id}: no object in the {found.num_frames} frames labelled from {job.from_s:g} s "

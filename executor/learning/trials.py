@@ -23,6 +23,7 @@ from executor.learning.stepping import Stepper
 from executor.learning.task import Task, task_of
 from executor.learning.training import DivergedError
 from executor.streams.frames import Frame, FrameSource
+from executor.streams.video import SourceError
 from protocol.errors import InputError
 from protocol.messages import TrialJob
 from protocol.schema import EpochResult, InferenceConfig, InferenceTrial, RetrainConfig, RetrainTrial, TrialResult
@@ -147,15 +148,20 @@ def _inference_trials(
     truth: list[Labels] = []
     golden_busy_s = 0.0
     for index in range(end - job.num_frames, end):
-        frame = source.frame(index)
-        frames.append(frame)
         golden_start = stepper.busy_s()
         # Consecutive frames are not among the window's labels: the golden model has to look at them as well.
-        labels = golden.label(frame)
+        try:
+            frame = source.frame(index)
+            labels = golden.label(frame)
+        except SourceError:
+            continue
         if labels is None:
             raise _StoppedError
+        frames.append(frame)
         truth.append(labels)
         golden_busy_s += stepper.busy_s() - golden_start
+    if not frames:
+        return []
     fetch_s = max(0.0, stepper.busy_s() - start_busy_s - golden_busy_s) / len(frames)
     analyser = task.analyser(serving, device, job.checkpoint.version)
     if stepper.step():
