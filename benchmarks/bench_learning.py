@@ -31,7 +31,7 @@ from executor.learning import checkpoints, datasets
 from executor.learning.datasets import CropSet
 from executor.learning.device import Device, take_device
 from executor.learning.models import build_student, set_trainable
-from executor.learning.training import Trainer, evaluate
+from executor.learning.training import CropTrainer, evaluate
 from executor.links import EpochDone, JobBroken, Ready, Report, SetShare, StartJob, StreamStats
 from executor.streams.figures import CLASSES
 from executor.streams.open import open_source
@@ -200,7 +200,9 @@ def bare_training(connection: Connection, store: str, ref: bytes, fps: float) ->
     student, _ = checkpoints.load(Path(store), decode(ref, CheckpointRef))
     crops = random_crops()
     train, validation = crops.train, crops.validation
-    trainer: Any = Trainer(student, RetrainConfig(config_id="bench", epochs=1, learning_rate=1e-5), train, device, 0)
+    trainer: Any = CropTrainer(
+        student, RetrainConfig(config_id="bench", epochs=1, learning_rate=1e-5), train, device, 0
+    )
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-5)
     pixels, labels = torch.from_numpy(train.crops), torch.from_numpy(train.labels)
 
@@ -336,7 +338,7 @@ def crop_costs(architecture: Any) -> tuple[dict[int, float], dict[float, float]]
     training = {}
     for fraction in (1.0, 0.5, 0.0):
         set_trainable(student, fraction)
-        trainer = Trainer(student, RetrainConfig(config_id="x", epochs=1), random_crops(), device, 0)
+        trainer = CropTrainer(student, RetrainConfig(config_id="x", epochs=1), random_crops(), device, 0)
         student.train()
         training[fraction] = _median_busy_ms(lambda trainer=trainer: trainer.batch(torch.arange(32)), 5) / 32  # type: ignore[misc]
     return inference, training

@@ -23,7 +23,7 @@ from executor.learning.datasets import CropSet
 from executor.learning.device import Device, take_device
 from executor.learning.inference import CropClassifier
 from executor.learning.models import build_student
-from executor.learning.training import Trainer
+from executor.learning.training import CropTrainer
 from executor.shares.pacing import Pacer
 from protocol.schema import RetrainConfig, StudentSpec
 
@@ -239,7 +239,7 @@ class Client:
         student = build_student(spec, NUM_CLASSES).to(device.torch_device)
         # A rate that cannot diverge: random labels teach nothing, only the work counts.
         config = RetrainConfig(config_id="check", epochs=1, batch_size=batch, learning_rate=1e-6)
-        trainer = Trainer(student.train(), config, data, device, 0)
+        trainer = CropTrainer(student.train(), config, data, device, 0)
 
         def train() -> int:
             trainer.batch(torch.from_numpy(draw.integers(0, count, batch)))

@@ -62,11 +62,12 @@ class CropClassifier:
         self.version = version
         self._student = student.eval().to(device.torch_device)
         self._torch_device = device.torch_device
+        self._min_px = int(getattr(student, "min_px", 0))  # some families need more than is asked for
 
     def analyse(self, frame: Frame, resolution_px: int) -> Objects:
         if len(frame.boxes) == 0:
             return Objects(frame.boxes, np.zeros(0, np.int64))
-        return Objects(frame.boxes, self.classify(frame.crops(resolution_px)))
+        return Objects(frame.boxes, self.classify(frame.crops(max(resolution_px, self._min_px))))
 
     def classify(self, crops: NDArray[np.uint8]) -> NDArray[np.int64]:
         """Classes int64 (n,) of uint8 crops (n, px, px, 3)."""
@@ -77,7 +78,8 @@ class CropClassifier:
 
     def warm_up(self, resolution_px: int) -> None:
         """Run once at this resolution, so that the first frame does not pay for set-up."""
-        self.classify(np.zeros((4, resolution_px, resolution_px, 3), np.uint8))
+        px = max(resolution_px, self._min_px)
+        self.classify(np.zeros((4, px, px, 3), np.uint8))
 
 
 def overlaps(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -53,7 +53,9 @@ def load_analyser(store: Path, ref: CheckpointRef, stream: StreamSpec, device: D
     if manifest.task != stream.task:
         raise CheckpointError(f"checkpoint {ref.path}: is a model for {manifest.task}, the stream is for {stream.task}")
     if manifest.classes != stream.classes:
-        raise CheckpointError(f"checkpoint {ref.path}: its classes are {manifest.classes}, the stream has {stream.classes}")
+        raise CheckpointError(
+            f"checkpoint {ref.path}: its classes are {manifest.classes}, the stream has {stream.classes}"
+        )
     analyser = task_of(stream).analyser(student, device, ref.version)
     analyser.warm_up(resolution_px)
     return analyser

@@ -23,7 +23,6 @@ from executor.learning.models import Student
 from executor.learning.stepping import Stepper
 from executor.learning.training import Trainer, student_for
 from executor.streams.frames import Frame
-from protocol.errors import InputError
 from protocol.schema import DatasetRef, RetrainConfig, StreamSpec, StudentSpec
 
 E = TypeVar("E", bound=Examples)
@@ -103,7 +102,6 @@ def task_of(stream: StreamSpec) -> Task[Any]:
     """The task of a stream."""
     # Imported here: the implementations are made of what stands above.
     from executor.learning.classification import Classification
+    from executor.learning.detection import Detection
 
-    if stream.task != "classification":
-        raise InputError(f"stream {stream.stream_id}: task {stream.task!r} has no students yet")
-    return Classification()
+    return Detection() if stream.task == "detection" else Classification()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -105,31 +106,39 @@ def frame_mean_accuracy(student: Student, crops: CropSet, device: Device, steppe
     return frame_mean(correctness(student, crops, device, stepper), crops.frame_index)
 
 
-class Trainer:
-    """Trains ``student`` in place on ``crops`` with ``config``; Adam, fixed seed. ``average`` is the result.
+class Trainer(ABC):
+    """Trains ``student`` in place with ``config``; Adam, fixed seed. ``average`` is the result.
 
-    Crops are drawn with replacement and with weight 1/sqrt(crops of their class): between the stream's own
-    class mix, which serving wants, and equal classes, which keeps the rare ones alive.
+    Examples are drawn with replacement and with probabilities in proportion to ``weight`` (N,), and looked at with
+    ``edges``. A loss above ``diverged_loss`` has run away.
     """
 
-    def __init__(self, student: Student, config: RetrainConfig, crops: CropSet, device: Device, seed: int) -> None:
+    def __init__(
+        self,
+        student: Student,
+        config: RetrainConfig,
+        weight: NDArray[np.float64],
+        edges: tuple[int, ...],
+        diverged_loss: float,
+        device: Device,
+        seed: int,
+    ) -> None:
         self._student, self._device = student, device
-        self._crops = torch.from_numpy(crops.crops).to(device.torch_device)
-        self._labels = torch.from_numpy(crops.labels).to(device.torch_device)
         self._batch_size = config.batch_size
-        counts = np.bincount(crops.labels)
-        weight = 1.0 / np.sqrt(counts[crops.labels])
         self._weight = weight / weight.sum()
         self._draw = np.random.default_rng(seed)
         self._num_batches = 0
         self.average = copy.deepcopy(student).eval()
         self._pairs = _moving(self.average, student)
-        self._horizon = max(_MIN_HORIZON, math.ceil(len(crops) / config.batch_size))
+        self._horizon = max(_MIN_HORIZON, math.ceil(len(weight) / config.batch_size))
         parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
-        edge = crops.crops.shape[1]
-        self._edges = tuple(max(_MIN_EDGE, round(scale * edge)) for scale in _SCALES)
-        self._diverged_loss = _DIVERGED_LOSS * math.log(max(2, student.num_classes))
+        self._edges = edges
+        self._diverged_loss = diverged_loss
+
+    @abstractmethod
+    def group_loss(self, group: Tensor, edge: int) -> Tensor:
+        """Mean loss of the examples with these indices, looked at with ``edge``; a scalar."""
 
     def epoch(self, stepper: Stepper) -> bool:
         """Train one pass. True when a stop was requested before its end. Raises DivergedError."""
@@ -142,7 +151,7 @@ class Trainer:
         return False
 
     def batch(self, picked: Tensor) -> float:
-        """One optimiser step on the crops with these indices; returns the mean loss."""
+        """One optimiser step on the examples with these indices; returns the mean loss."""
         picked = picked.to(self._device.torch_device)
         num_groups = max(1, min(len(self._edges), len(picked) // _MIN_GROUP))
         self._optimizer.zero_grad(set_to_none=True)
@@ -150,8 +159,7 @@ class Trainer:
         for position, group in enumerate(torch.tensor_split(picked, num_groups)):
             # Batches too small for all scales take turns, so that none is left out.
             edge = self._edges[(position + self._num_batches * (num_groups < len(self._edges))) % len(self._edges)]
-            logits = self._student(self._augmented(self._crops[group], edge))
-            loss = nn.functional.cross_entropy(logits, self._labels[group]) * (len(group) / len(picked))
+            loss = self.group_loss(group, edge) * (len(group) / len(picked))
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         if not math.isfinite(total) or total > self._diverged_loss:
@@ -165,23 +173,52 @@ class Trainer:
                 mean.lerp_(value, pace)
         return total
 
+    def gain(self, count: int) -> Tensor:
+        """Random brightness per example, float (count, 1, 1, 1) on the device."""
+        gain = self._draw.uniform(1.0 - _BRIGHTNESS, 1.0 + _BRIGHTNESS, count).astype(np.float32)
+        return torch.from_numpy(gain).to(self._device.torch_device).view(-1, 1, 1, 1)
+
+    def mirrored(self) -> bool:
+        """Whether this group is looked at in the mirror."""
+        return bool(self._draw.random() < 0.5)
+
+
+class CropTrainer(Trainer):
+    """Trains a classifier on ``crops``.
+
+    Crops are drawn with weight 1/sqrt(crops of their class): between the stream's own class mix, which serving wants,
+    and equal classes, which keeps the rare ones alive.
+    """
+
+    def __init__(self, student: Student, config: RetrainConfig, crops: CropSet, device: Device, seed: int) -> None:
+        self._crops = torch.from_numpy(crops.crops).to(device.torch_device)
+        self._labels = torch.from_numpy(crops.labels).to(device.torch_device)
+        counts = np.bincount(crops.labels)
+        edge, least = crops.crops.shape[1], max(_MIN_EDGE, int(getattr(student, "min_px", _MIN_EDGE)))
+        edges = tuple(max(least, round(scale * edge)) for scale in _SCALES)
+        diverged_loss = _DIVERGED_LOSS * math.log(max(2, student.num_classes))
+        super().__init__(student, config, 1.0 / np.sqrt(counts[crops.labels]), edges, diverged_loss, device, seed)
+
+    def group_loss(self, group: Tensor, edge: int) -> Tensor:
+        logits = self._student(self._augmented(self._crops[group], edge))
+        return nn.functional.cross_entropy(logits, self._labels[group])
+
     def _augmented(self, crops: Tensor, edge: int) -> Tensor:
         """Scaled to ``edge``, brightness changed per crop, half of the groups mirrored; float (n, edge, edge, 3)."""
         x = crops.permute(0, 3, 1, 2).float()
         if edge != crops.shape[1]:
             x = nn.functional.interpolate(x, size=(edge, edge), mode="area")
-        gain = self._draw.uniform(1.0 - _BRIGHTNESS, 1.0 + _BRIGHTNESS, len(crops)).astype(np.float32)
-        x = (x * torch.from_numpy(gain).to(x.device).view(-1, 1, 1, 1)).clamp_(0.0, 255.0)
-        if self._draw.random() < 0.5:
+        x = (x * self.gain(len(crops))).clamp_(0.0, 255.0)
+        if self.mirrored():
             x = x.flip(3)
         return x.permute(0, 2, 3, 1)
 
 
 def _moving(average: Student, student: Student) -> list[tuple[Tensor, Tensor]]:
     """(mean, value) of everything that training changes: trained weights, statistics of trained blocks."""
-    moving = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
-    for position, block in enumerate(student.blocks):
-        if any(parameter.requires_grad for parameter in block.parameters()):
-            moving |= {f"blocks.{position}.{name}" for name, _ in block.named_buffers()}
     mean, value = average.state_dict(), student.state_dict()
-    return [(mean[name], value[name]) for name in sorted(moving) if value[name].is_floating_point()]
+    return [
+        (mean[name], value[name])
+        for name in sorted(student.moving())
+        if name in value and value[name].is_floating_point()
+    ]
