@@ -24,6 +24,7 @@ import msgspec
 from optimizer.objective import judge
 from optimizer.planner import Planner
 from optimizer.problems import random_problem
+from protocol.errors import PlanError
 from protocol.plan import Plan, Problem
 from tests.optimizer.faulty_solver import FAULTS, with_fault
 
@@ -104,7 +105,11 @@ def study(seeds: range, *, pause: float = 0.25) -> Found:
             asked = planner._child is not None and planner._child.ready
             previous = last if last is not None and rng.random() < 0.3 else None
             began_s = time.monotonic()
-            plan = planner.solve(problem, deadline_s, previous)
+            try:
+                plan = planner.solve(problem, deadline_s, previous)
+            except PlanError as error:
+                found.wrong.append(f"seed {seed}, {fault}: {error}")
+                continue
             found.late_s[fault, len(problem.streams)].append(time.monotonic() - began_s - deadline_s)
             last = plan
             found.methods[plan.report.policy] += 1

@@ -190,7 +190,7 @@ def capacity(
     Raises:
         InputError: a number, a list, a policy or the folder is unusable; nothing has been simulated then.
     """
-    names = check_policies(policies)
+    names = check_policies(policies, study.reuse)
     sizes = counts(gpus, "--gpus")
     drawn = parse_list(seeds, "--seed", int)
     if not 0.0 < target <= 1.0:

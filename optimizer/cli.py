@@ -27,6 +27,9 @@ TraceFile = Annotated[Path, typer.Argument(metavar="TRACE.csv", help="Measured r
 InferenceFile = Annotated[
     Path | None, typer.Option(metavar="TABLE.csv", help="Inference table (default: a built-in one of similar shape).")
 ]
+ReuseFile = Annotated[
+    Path | None, typer.Option(metavar="TABLE.csv", help="Accuracy of old models, for the policies reuse, reuse:...")
+]
 Predicted = Annotated[
     bool, typer.Option("--predicted/--true", help="Tell the planner the trace's predictions, or its measurements.")
 ]
@@ -108,6 +111,7 @@ def compare(
         as_json=as_json,
         budget_s=budget,
         plan_out=plan_out,
+        console=_console(),
     )
 
 
@@ -120,6 +124,7 @@ def simulate(
     policies: Policies = "timeline,milp,thief,uniform,none",
     seed: Annotated[str, typer.Option(help="Seed that draws the streams; several separated by commas.")] = "0",
     inference: InferenceFile = None,
+    reuse: ReuseFile = None,
     predicted: Predicted = False,
     window_s: WindowSeconds = 200.0,
     full_share: FullShare = 0.25,
@@ -135,7 +140,8 @@ def simulate(
 ) -> None:
     """Study policies on measured retrainings: the real coordinator and real policies in virtual time.
 
-    Policies are those of `compare`, and cloud:cellular, cloud:satellite, cloud:two-cellular (retraining in the cloud).
+    Policies are those of `compare`, cloud:cellular, cloud:satellite, cloud:two-cellular (retraining in the cloud), and
+    reuse, reuse:latest, reuse:NAME (old models instead of retraining; they need --reuse).
     """
     from optimizer.simulate import simulate as simulate_policies
     from optimizer.trace_study import make_study
@@ -152,13 +158,14 @@ def simulate(
         min_accuracy=min_accuracy,
     )
     simulate_policies(
-        make_study(trace, inference, knobs, budget),
+        make_study(trace, inference, knobs, budget, reuse),
         policies=[name for name in policies.split(",") if name],
         streams=streams,
         gpus=gpus,
         seeds=seed,
         as_json=as_json,
         out=out,
+        console=_console(),
     )
 
 
@@ -174,6 +181,7 @@ def capacity(
     policies: Policies = "timeline,milp,thief,uniform,none",
     seed: Annotated[str, typer.Option(help="Seed that draws the streams; several separated by commas.")] = "0",
     inference: InferenceFile = None,
+    reuse: ReuseFile = None,
     predicted: Predicted = False,
     window_s: WindowSeconds = 200.0,
     full_share: FullShare = 0.25,
@@ -197,7 +205,7 @@ def capacity(
         share_quantum=share_quantum,
     )
     measure(
-        make_study(trace, inference, knobs, budget),
+        make_study(trace, inference, knobs, budget, reuse),
         policies=[name for name in policies.split(",") if name],
         gpus=gpus,
         target=target,
@@ -207,6 +215,7 @@ def capacity(
         max_gpus=max_gpus,
         as_json=as_json,
         out=out,
+        console=_console(),
     )
 
 
@@ -222,7 +231,7 @@ def explain(
     """Why a stream is (not) retrained, what else it could do, and what a GPU is worth in each slot."""
     from optimizer.explain import explain as explain_plan
 
-    explain_plan(plan, problem_path=problem, stream_id=stream, out=out)
+    explain_plan(plan, problem_path=problem, stream_id=stream, out=out, console=_console())
 
 
 @app.command()

@@ -64,6 +64,11 @@ class _Question:
     notes: list[str]
     asked: bool = False
 
+    @property
+    def has_plan(self) -> bool:
+        """Whether some incumbent can be executed."""
+        return any(candidate.verdict.only_floors_broken for candidate in self.incumbents)
+
 
 class Planner:
     """Plans by one policy under a wall-clock deadline, from a poll loop or blocking.
@@ -244,7 +249,7 @@ class Planner:
         if last_plan is not None:
             self._attempt(question, "last plan", lambda: _still(problem, last_plan))
             busy = self._timed(question, "last plan repaired", lambda: baselines.repaired(problem, last_plan), busy)
-        if not any(candidate.verdict.only_floors_broken for candidate in question.incumbents):
+        if not question.has_plan:
             busy = self._timed(question, "cheapest", lambda: baselines.cheapest(problem), busy)
         busy = self._timed(question, "fair", lambda: baselines.fair(problem, INCUMBENT_BUDGET_S), busy)
         self._timed(question, "thief", lambda: thief(problem, INCUMBENT_BUDGET_S), busy)
@@ -256,7 +261,7 @@ class Planner:
         began_s = self._clock()
         usual_s = _LEAST_S + _PACE_S[method] * len(question.problem.streams)
         left_s = question.deadline_s - began_s - busy * _of(_JUDGING_S, question.problem)
-        if question.incumbents and _CAUTION * busy * usual_s > left_s:
+        if question.has_plan and _CAUTION * busy * usual_s > left_s:
             question.notes.append(f"{method}: left out, too slow for the deadline")
             return busy
         self._attempt(question, method, make)

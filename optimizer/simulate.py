@@ -15,12 +15,13 @@ from rich.table import Table
 from optimizer.policies.registry import policy_entry
 from optimizer.trace_cloud import LINKS
 from optimizer.trace_figures import write_simulate_figures
+from optimizer.trace_reuse import ReuseTable, is_reuse
 from optimizer.trace_study import Study, StudyRow
 from optimizer.traces import parse_list
 from protocol.errors import InputError
 
 
-def check_policies(names: Sequence[str]) -> list[str]:
+def check_policies(names: Sequence[str], reuse: ReuseTable | None = None) -> list[str]:
     """The distinct names; InputError when one is unknown or there is none."""
     if not names:
         raise InputError("--policies: name at least one policy, like timeline,milp,thief,none")
@@ -28,6 +29,11 @@ def check_policies(names: Sequence[str]) -> list[str]:
         if name.startswith("cloud:"):
             if name not in LINKS:
                 raise InputError(f"unknown policy {name!r}; the links are {', '.join(LINKS)}")
+        elif is_reuse(name):
+            if reuse is None:
+                raise InputError(f"policy {name} needs the accuracy of old models: give --reuse TABLE.csv")
+            if name not in reuse.policies:
+                raise InputError(f"unknown policy {name!r}; {reuse.source} makes possible {', '.join(reuse.policies)}")
         else:
             policy_entry(name)
     return list(dict.fromkeys(names))
@@ -57,7 +63,7 @@ def simulate(
     Raises:
         InputError: a list, a policy or the folder is unusable; nothing has been simulated then.
     """
-    names = check_policies(policies)
+    names = check_policies(policies, study.reuse)
     sizes = [(s, g) for g in counts(gpus, "--gpus") for s in counts(streams, "--streams")]
     drawn = parse_list(seeds, "--seed", int)
     if drawn[0] < 0:
@@ -77,7 +83,14 @@ def simulate(
         for line in remarks(study):
             console.print(line, highlight=False)
         for s, g in sizes:
-            console.print(_table([row for row in rows if (row.streams, row.gpus) == (s, g)], names))
+            shown = [row for row in rows if (row.streams, row.gpus) == (s, g)]
+            console.print(_table(shown, names))
+            if any(row.unplanned for row in shown):
+                console.print(
+                    f"{s} streams do not fit on {g} GPUs at a share quantum of {study.knobs.share_quantum:g}: some are "
+                    "not served and count as 0. A smaller --share-quantum may serve all.",
+                    highlight=False,
+                )
         console.print(f"{len(rows)} simulations in {time.monotonic() - began:.1f} s", highlight=False)
     if folder is not None:
         write_json(rows, folder / "simulate.json")

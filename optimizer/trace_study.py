@@ -21,8 +21,18 @@ from optimizer.problems import random_problem
 from optimizer.simulator import SimulatedExecutor, Simulation
 from optimizer.state import SiteState
 from optimizer.trace_cloud import LINKS, CloudChoice, arrivals, cloud_factor
+from optimizer.trace_reuse import ReuseTable, is_reuse, load_reuse, only, reuse_policy
 from optimizer.trace_world import StudyKnobs, TraceProfiler, TraceSite, TraceWorld, initial_gpus
-from optimizer.traces import BUILT_IN_TABLE, InferenceTable, Trace, draw_streams, load_inference_table, load_trace
+from optimizer.traces import (
+    BUILT_IN_TABLE,
+    PREDICTED,
+    PROFILING,
+    InferenceTable,
+    Trace,
+    draw_streams,
+    load_inference_table,
+    load_trace,
+)
 from protocol.errors import InputError, PlanError
 from protocol.events import RetrainFinished
 from protocol.plan import Plan, Problem, SolveReport
@@ -72,8 +82,10 @@ class Study:
         budget_s: seconds of wall time that a policy may take for a decision.
     """
 
-    def __init__(self, trace: Trace, table: InferenceTable, knobs: StudyKnobs, budget_s: float) -> None:
-        self.trace, self.table, self.knobs, self.budget_s = trace, table, knobs, budget_s
+    def __init__(
+        self, trace: Trace, table: InferenceTable, knobs: StudyKnobs, budget_s: float, reuse: ReuseTable | None = None
+    ) -> None:
+        self.trace, self.table, self.knobs, self.budget_s, self.reuse = trace, table, knobs, budget_s, reuse
         self._rows: dict[tuple[str, int, int, int], StudyRow] = {}
         self._solvers: dict[str, InProcess] = {}
 
@@ -81,9 +93,8 @@ class Study:
         """Simulate one policy on the site drawn by ``seed``."""
         key = (policy, num_streams, num_gpus, seed)
         if key not in self._rows:
-            site = TraceSite(
-                self.trace, self.table, draw_streams(self.trace, self.table, num_streams, seed), self.knobs
-            )
+            drawn = draw_streams(self.trace, self.table, num_streams, seed)
+            site = TraceSite(self.trace, self.table, drawn, self.knobs, self.reuse)
             made = cloud_row if policy in LINKS else simulated_row
             solver = self._solver("none" if policy in LINKS else policy)
             self._rows[key] = made(site, policy, solver, num_gpus, seed)
@@ -108,14 +119,16 @@ class InProcess:
 
     def __init__(self, name: str, budget_s: float, *, free_profiling: bool) -> None:
         self.name, self.budget_s = name, budget_s
-        self._policy: Policy = get_policy(name)
-        self._exact = policy_entry(name).exact
+        self._policy: Policy = reuse_policy(name) if is_reuse(name) else get_policy(name)
+        self._exact = not is_reuse(name) and policy_entry(name).exact
         self._free_profiling = free_profiling
         self._policy(random_problem(2, 1, 3, seed=0), WARM_UP_S)
 
     def __call__(self, problem: Problem, last: Plan | None) -> Plan:
         if self._free_profiling and any(gpu.reserved_share > 0.0 for gpu in problem.gpus):
             return cheapest(problem)  # in force for no time at all
+        if not is_reuse(self.name):
+            problem = only(problem, None)
         if not self._exact:
             try:
                 return self._policy(problem, self.budget_s)
@@ -240,7 +253,7 @@ def cloud_row(site: TraceSite, policy: str, solver: InProcess, num_gpus: int, se
 
 def _cloud_choice(site: TraceSite, stream_id: str, window: int) -> CloudChoice:
     traced, told = site.window(stream_id, window), site.profile(stream_id, window)
-    best = max(range(len(told.retrain)), key=lambda i: told.retrain[i].accuracy_after)
+    best = max(range(len(traced.retrainings)), key=lambda i: told.retrain[i].accuracy_after)
     return CloudChoice(
         stream_id=stream_id,
         before=traced.accuracy_now,
@@ -249,7 +262,9 @@ def _cloud_choice(site: TraceSite, stream_id: str, window: int) -> CloudChoice:
     )
 
 
-def make_study(trace: Path, inference: Path | None, knobs: StudyKnobs, budget_s: float) -> Study:
+def make_study(
+    trace: Path, inference: Path | None, knobs: StudyKnobs, budget_s: float, reuse: Path | None = None
+) -> Study:
     """Read the files of a study and check its numbers. InputError for everything that is unusable."""
     for name, value, least in (
         ("--windows", knobs.num_windows, 1.0),
@@ -264,4 +279,9 @@ def make_study(trace: Path, inference: Path | None, knobs: StudyKnobs, budget_s:
     if not 0.0 <= knobs.min_accuracy <= 1.0:
         raise InputError(f"--min-accuracy {knobs.min_accuracy:g}: an accuracy is 0 to 1")
     table = BUILT_IN_TABLE if inference is None else load_inference_table(inference)
-    return Study(load_trace(trace), table, knobs, budget_s)
+    traced = load_trace(trace)
+    if knobs.predicted:
+        traced.need(PREDICTED, "--predicted")
+    if knobs.profiling:
+        traced.need((PROFILING,), "--profiling")
+    return Study(traced, table, knobs, budget_s, None if reuse is None else load_reuse(reuse, traced))

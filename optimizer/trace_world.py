@@ -12,6 +12,7 @@ import hashlib
 from optimizer.config import BootstrapConfig, GateConfig, ProfilingConfig, SiteConfig
 from optimizer.ports import GateEvidence
 from optimizer.simulator import exact_votes
+from optimizer.trace_reuse import OldModel, ReuseTable, retrain_id
 from optimizer.traces import DrawnStream, InferenceTable, Trace, TracedRetraining, TracedWindow
 from protocol import messages as m
 from protocol.events import StreamAccuracy
@@ -64,9 +65,14 @@ class TraceSite:
     """The streams of a study with their windows and choices; ``window`` counts from the first that is measured."""
 
     def __init__(
-        self, trace: Trace, table: InferenceTable, streams: tuple[DrawnStream, ...], knobs: StudyKnobs
+        self,
+        trace: Trace,
+        table: InferenceTable,
+        streams: tuple[DrawnStream, ...],
+        knobs: StudyKnobs,
+        reuse: ReuseTable | None = None,
     ) -> None:
-        self.knobs = knobs
+        self.knobs, self._reuse = knobs, reuse
         self.streams = {stream.stream_id: stream for stream in streams}
         self._trace, self._table = trace, table
         self._subsampling = _subsampling(knobs)
@@ -126,15 +132,38 @@ class TraceSite:
                 )
                 for config in self.inference
             ),
-            retrain=tuple(self._choice(traced_retraining) for traced_retraining in retrainings),
+            retrain=(
+                *(self._choice(traced_retraining) for traced_retraining in retrainings),
+                *(
+                    RetrainProfile(
+                        retrain_id=name,
+                        accuracy_after=old.accuracy,
+                        gpu_seconds=old.gpu_seconds,
+                        config=RetrainConfig(config_id=name, epochs=1),
+                    )
+                    for name, old in self.old_models(stream_id, window).items()
+                ),
+            ),
         )
 
+    def old_models(self, stream_id: str, window: int) -> dict[str, OldModel]:
+        """By the name of the choice: the old model that each policy of reuse would load. None in the warm-up."""
+        if self._reuse is None or window < self.knobs.warm_up:
+            return {}
+        city, number = self.streams[stream_id].city, self.window(stream_id, window).number
+        picked = {retrain_id(name): self._reuse.pick(name, city, number) for name in self._reuse.policies}
+        return {name: old for name, old in picked.items() if old is not None}
+
     def _choice(self, traced: TracedRetraining) -> RetrainProfile:
-        predicted = self.knobs.predicted
+        accuracy_after, gpu_seconds = traced.accuracy_after, traced.gpu_seconds
+        if self.knobs.predicted:
+            assert traced.accuracy_after_predicted is not None
+            assert traced.gpu_seconds_predicted is not None
+            accuracy_after, gpu_seconds = traced.accuracy_after_predicted, traced.gpu_seconds_predicted
         return RetrainProfile(
             retrain_id=traced.retrain_id,
-            accuracy_after=traced.accuracy_after_predicted if predicted else traced.accuracy_after,
-            gpu_seconds=traced.gpu_seconds_predicted if predicted else traced.gpu_seconds,
+            accuracy_after=accuracy_after,
+            gpu_seconds=gpu_seconds,
             config=RetrainConfig(config_id=traced.retrain_id, epochs=traced.epochs),
         )
 
@@ -184,7 +213,9 @@ class TraceWorld:
         """Micro-profiling costs what the trace says, or nothing."""
         traced = self._site.window(job.stream.stream_id, job.window)
         knobs = self._site.knobs
-        cost_s = traced.microprofile_s if knobs.profiling and job.window >= knobs.warm_up else 0.0
+        cost_s = 0.0
+        if knobs.profiling and job.window >= knobs.warm_up and traced.microprofile_s is not None:
+            cost_s = traced.microprofile_s
         return cost_s, TrialResult(
             stream_id=job.stream.stream_id,
             window=job.window,
@@ -201,9 +232,13 @@ class TraceWorld:
         before = after = window.accuracy_now
         cost_s = 0.0
         if job.checkpoint is not None:
-            traced = next(t for t in window.retrainings if t.retrain_id == name)
             before = self._model(stream_id, job.window, job.checkpoint)
-            after, cost_s = traced.accuracy_after, traced.gpu_seconds
+            old = self._site.old_models(stream_id, job.window).get(name)
+            traced = next((t for t in window.retrainings if t.retrain_id == name), None)
+            if traced is not None:
+                after, cost_s = traced.accuracy_after, traced.gpu_seconds
+            elif old is not None:
+                after, cost_s = old.accuracy, old.gpu_seconds
             self.started.append((stream_id, job.window))
         checksum = hashlib.sha256(job.job_id.encode()).hexdigest()
         self._models[checksum] = (job.window if job.checkpoint is not None else -1, after)

@@ -3,7 +3,8 @@
 A trace has one row per measured retraining: ``city`` (stands for one camera), ``window`` (1, 2, ...),
 ``config``, ``epochs``, ``accuracy_before``, ``accuracy_after``, ``gpu_seconds`` on a whole GPU,
 ``accuracy_after_predicted`` and ``gpu_seconds_predicted`` (what micro-profiling estimated), and
-``microprofile_seconds``. Other columns are ignored. Accuracies are fractions.
+``microprofile_seconds``. Other columns are ignored, columns may stand in any order. Accuracies are fractions. The
+last three columns may be missing: then there are no predictions to plan on, or no cost of micro-profiling.
 
 Rows of one city and window may state different ``accuracy_before`` (they come from students of
 different size). A stream has one serving model: its accuracy is the mean over the rows of the window.
@@ -13,6 +14,7 @@ What a retraining reaches is taken as measured.
 from __future__ import annotations
 
 import csv
+import io
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -23,34 +25,37 @@ import numpy as np
 from protocol.errors import InputError
 from protocol.schema import Record
 
-NUMBERS = (
-    "accuracy_before",
-    "accuracy_after",
-    "gpu_seconds",
-    "accuracy_after_predicted",
-    "gpu_seconds_predicted",
-    "microprofile_seconds",
-)
-COLUMNS = ("city", "window", "config", "epochs", *NUMBERS)
+MEASURED = ("accuracy_before", "accuracy_after", "gpu_seconds")
+PREDICTED = ("accuracy_after_predicted", "gpu_seconds_predicted")
+PROFILING = "microprofile_seconds"
+REQUIRED = ("city", "window", "config", "epochs", *MEASURED)
+COLUMNS = (*REQUIRED, *PREDICTED, PROFILING)
 MAX_BYTES = 64 << 20
 
 
 class TracedRetraining(Record, frozen=True, kw_only=True):
-    """One measured retraining: what it cost (GPU-seconds on a whole GPU) and reached, and what was predicted."""
+    """One measured retraining: what it cost (GPU-seconds on a whole GPU) and reached, and what was predicted.
+
+    Predictions are None where the trace has none.
+    """
 
     retrain_id: str
     epochs: int
     accuracy_after: float
     gpu_seconds: float
-    accuracy_after_predicted: float
-    gpu_seconds_predicted: float
+    accuracy_after_predicted: float | None
+    gpu_seconds_predicted: float | None
 
 
 class TracedWindow(Record, frozen=True, kw_only=True):
-    """One window of one city. ``accuracy_now``: of the model serving at its start, nothing retrained."""
+    """One window of one city. ``accuracy_now``: of the model serving at its start, nothing retrained.
 
+    ``number``: what the trace calls it. ``microprofile_s`` is None where the trace does not say.
+    """
+
+    number: int
     accuracy_now: float
-    microprofile_s: float
+    microprofile_s: float | None
     retrainings: tuple[TracedRetraining, ...]
 
 
@@ -59,6 +64,13 @@ class Trace(Record, frozen=True, kw_only=True):
 
     source: str
     cities: dict[str, tuple[TracedWindow, ...]]
+    missing: tuple[str, ...] = ()  # optional columns that it does not have
+
+    def need(self, columns: tuple[str, ...], option: str) -> None:
+        """InputError when a column that ``option`` needs is missing."""
+        lacking = [name for name in columns if name in self.missing]
+        if lacking:
+            raise InputError(f"{option}: {self.source} has no column {lacking[0]}; add it, or leave {option} out")
 
 
 class InferenceTable(Record, frozen=True, kw_only=True):
@@ -110,7 +122,10 @@ def load_trace(path: str | Path) -> Trace:
     """
     groups: dict[tuple[str, int], list[dict[str, float]]] = {}
     seen: dict[tuple[str, int, int, int], int] = {}
-    for row in _Rows(Path(path), COLUMNS):
+    reader = Rows(Path(path), REQUIRED)
+    present = [name for name in COLUMNS if name in reader.header]
+    numeric = [name for name in present if name not in ("city", "window", "config", "epochs")]
+    for row in reader:
         city = row.text("city")
         window, config = row.whole("window", 1), row.whole("config", 0)
         epochs = row.whole("epochs", 1)
@@ -119,7 +134,7 @@ def load_trace(path: str | Path) -> Trace:
             raise row.wrong("config", f"repeats line {seen[key]} (same city, window, config and epochs)")
         seen[key] = row.line
         numbers = {"config": float(config), "epochs": float(epochs)}
-        for name in NUMBERS:
+        for name in numeric:
             if name.startswith("accuracy"):
                 numbers[name] = row.number(name, 0.0, 1.0)
             else:
@@ -129,23 +144,25 @@ def load_trace(path: str | Path) -> Trace:
         raise InputError(f"{path}: holds no retrainings, only the line of column names")
     cities: dict[str, list[TracedWindow]] = {}
     for city, window in sorted(groups, key=lambda key: key[1]):
-        cities.setdefault(city, []).append(_window(groups[city, window]))
+        cities.setdefault(city, []).append(_window(window, groups[city, window]))
     order = dict.fromkeys(city for city, _ in groups)
-    return Trace(source=str(path), cities={city: tuple(cities[city]) for city in order})
+    missing = tuple(name for name in COLUMNS if name not in present)
+    return Trace(source=str(path), cities={city: tuple(cities[city]) for city in order}, missing=missing)
 
 
-def _window(rows: list[dict[str, float]]) -> TracedWindow:
+def _window(number: int, rows: list[dict[str, float]]) -> TracedWindow:
     return TracedWindow(
+        number=number,
         accuracy_now=sum(row["accuracy_before"] for row in rows) / len(rows),
-        microprofile_s=max(row["microprofile_seconds"] for row in rows),
+        microprofile_s=max(row[PROFILING] for row in rows) if PROFILING in rows[0] else None,
         retrainings=tuple(
             TracedRetraining(
                 retrain_id=f"c{int(row['config'])}e{int(row['epochs'])}",
                 epochs=int(row["epochs"]),
                 accuracy_after=row["accuracy_after"],
                 gpu_seconds=row["gpu_seconds"],
-                accuracy_after_predicted=row["accuracy_after_predicted"],
-                gpu_seconds_predicted=row["gpu_seconds_predicted"],
+                accuracy_after_predicted=row.get("accuracy_after_predicted"),
+                gpu_seconds_predicted=row.get("gpu_seconds_predicted"),
             )
             for row in rows
         ),
@@ -158,7 +175,7 @@ def load_inference_table(path: str | Path) -> InferenceTable:
     Raises:
         InputError: names the file, the line and the column, and what is wrong there.
     """
-    reader = _Rows(Path(path), ("subsampling",))
+    reader = Rows(Path(path), ("subsampling",))
     cameras = [name for name in reader.header if name != "subsampling"]
     if not cameras:
         raise InputError(f"{path}: line 1: there is no column besides subsampling; add one per camera")
@@ -178,7 +195,7 @@ def load_inference_table(path: str | Path) -> InferenceTable:
     return InferenceTable(source=str(path), subsampling=tuple(intervals), curves=tuple(tuple(c) for c in curves))
 
 
-class _Row:
+class Row:
     """One line of a CSV file; every access checks."""
 
     def __init__(self, path: Path, line: int, cells: dict[str, str]) -> None:
@@ -213,8 +230,11 @@ class _Row:
         return int(value)
 
 
-class _Rows:
-    """The rows of a CSV file with a line of column names, which must hold ``required``."""
+class Rows:
+    """The rows of a CSV file with a line of column names, which must hold ``required``.
+
+    UTF-8, with or without a byte-order mark, lines ended in any way, fields quoted or not.
+    """
 
     def __init__(self, path: Path, required: tuple[str, ...]) -> None:
         self.path = path
@@ -226,7 +246,7 @@ class _Rows:
             raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
         except UnicodeDecodeError:
             raise InputError(f"{path}: is not UTF-8 text; a CSV file is wanted") from None
-        self._reader = csv.reader(text.splitlines(), strict=True)
+        self._reader = csv.reader(io.StringIO(text, newline=""), strict=True)
         self.header = [name.strip() for name in next(self._next(), [])]
         missing = [name for name in required if name not in self.header]
         if missing:
@@ -241,14 +261,14 @@ class _Rows:
         except csv.Error as error:
             raise InputError(f"{self.path}: line {self._reader.line_num}: not CSV: {error}") from None
 
-    def __iter__(self) -> Iterator[_Row]:
+    def __iter__(self) -> Iterator[Row]:
         for cells in self._next():
             if not any(cell.strip() for cell in cells):
                 continue
             line = self._reader.line_num
             if len(cells) != len(self.header):
                 raise InputError(f"{self.path}: line {line}: {len(cells)} values where {len(self.header)} are due")
-            yield _Row(self.path, line, dict(zip(self.header, cells, strict=True)))
+            yield Row(self.path, line, dict(zip(self.header, cells, strict=True)))
 
 
 # ---------------------------------------------------------------- drawing

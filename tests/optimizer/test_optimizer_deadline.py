@@ -91,6 +91,14 @@ def _named(plan: Plan) -> Plan:
     return msgspec.json.decode(data, type=Plan)
 
 
+def test_a_last_plan_that_cannot_be_executed_any_more_is_no_reason_to_do_without_one() -> None:
+    last = Planner("fair", 5.0).solve(random_problem(3, 1, 9, 1))
+    problem = with_fault(random_problem(200, 32, 18, 1), "hang")
+    with Planner("milp", 0.01, command=CHILD) as planner:
+        plan = planner.solve(problem, last_plan=last)
+    assert judge(problem, plan).only_floors_broken
+
+
 @pytest.mark.parametrize("policy", ["milp", "timeline", "thief", "uniform", "fair"])
 def test_a_deadline_too_short_for_anything_good_still_has_a_plan(policy: str) -> None:
     problem = msgspec.structs.replace(random_problem(300, 32, 18, 1), share_quantum=0.05)

@@ -16,7 +16,8 @@ from rich.console import Console
 
 from optimizer import cli
 from optimizer.simulate import check_policies, simulate
-from optimizer.trace_study import InProcess, StudyRow, simulate_site
+from optimizer.trace_reuse import load_reuse
+from optimizer.trace_study import InProcess, Study, StudyRow, simulate_site
 from optimizer.trace_world import TraceSite
 from optimizer.traces import draw_streams
 from protocol.errors import InputError
@@ -286,3 +287,52 @@ def test_a_policy_named_twice_is_studied_once() -> None:
     assert check_policies(["thief", "milp", "thief"]) == ["thief", "milp"]
     with pytest.raises(InputError):
         check_policies([])
+
+
+def test_an_old_model_that_fits_is_loaded_and_one_that_does_not_is_left(tmp_path: Path) -> None:
+    # The second window: retraining takes 20 GPU-seconds at share 0.7, loading an old model 7.
+    rows = [row(window=1), row(window=2)]
+    plain = study(tmp_path, rows, num_windows=2)
+    table = tmp_path / "reuse.csv"
+    header = "city,window,from_city,from_window,accuracy,gpu_seconds,class_distance\n"
+    table.write_text(header + "a,2,a,1,0.7,7,0.9\na,2,b,1,0.4,7,0.1\n")
+    made = Study(plain.trace, plain.table, plain.knobs, 2.0, load_reuse(table, plain.trace))
+    assert made.row("reuse", 1, 1, 0).accuracy_per_window == pytest.approx((0.5, average((0.5, 0.0), (0.7, 10.0))))
+    assert made.row("reuse:latest", 1, 1, 0).accuracy == made.row("reuse", 1, 1, 0).accuracy
+    assert made.row("reuse:class", 1, 1, 0).accuracy == pytest.approx(0.5)
+    # Nobody else is offered old models.
+    assert made.row("milp", 1, 1, 0).accuracy == pytest.approx(plain.row("milp", 1, 1, 0).accuracy)
+    assert check_policies(["reuse:class"], made.reuse) == ["reuse:class"]
+    with pytest.raises(InputError, match="makes possible reuse, reuse:latest, reuse:class"):
+        check_policies(["reuse:place"], made.reuse)
+    with pytest.raises(InputError, match="needs the accuracy of old models: give --reuse"):
+        check_policies(["reuse"])
+
+
+def test_a_foreign_trace_with_other_cities_extreme_costs_and_no_predictions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "foreign.csv"
+    path.write_bytes(
+        b"\xef\xbb\xbfgpu_seconds,epochs,accuracy_after,note,window,config,accuracy_before,city\r\n"
+        b'0.000001,1,0.9,"a, b",3,0,0.5,"Sao Paulo, ""Centro"""\r\n'
+        b'100000000,30,1,,3,1,0.5,"Sao Paulo, ""Centro"""\r\n'
+        b'5,3,0,,7,0,0,"Sao Paulo, ""Centro"""\r\n'
+    )
+    command = ["ekya-optimizer", "simulate", str(path), "--streams", "2,3", "--gpus", "1,2", "--windows", "4"]
+    monkeypatch.setattr("sys.argv", [*command, "--budget", "0.1", "--json"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    found = json.loads(capsys.readouterr().out)
+    assert [one["policy"] for one in found[:5]] == ["timeline", "milp", "thief", "uniform", "none"]
+    assert len(found) == 20
+    assert all(0.0 <= a <= 1.0 and len(one["accuracy_per_window"]) == 4 for one in found for a in [one["accuracy"]])
+    retrained = max(one["accuracy"] for one in found)
+    assert retrained == pytest.approx(0.45, abs=0.01)  # 0.9 and 0 in turn
+    monkeypatch.setattr("sys.argv", [*command, "--predicted"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "--predicted: " in (said := capsys.readouterr().err)
+    assert "has no column accuracy_after_predicted; add it, or leave --predicted out" in said

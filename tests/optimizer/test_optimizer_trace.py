@@ -6,7 +6,17 @@ from pathlib import Path
 
 import pytest
 
-from optimizer.traces import BUILT_IN_TABLE, COLUMNS, draw_streams, load_inference_table, load_trace, parse_list
+from optimizer.trace_reuse import ReuseTable, load_reuse
+from optimizer.traces import (
+    BUILT_IN_TABLE,
+    COLUMNS,
+    PREDICTED,
+    PROFILING,
+    draw_streams,
+    load_inference_table,
+    load_trace,
+    parse_list,
+)
 from protocol.errors import InputError
 from tests.optimizer.tiny_trace import random_rows, row, write_trace
 
@@ -124,3 +134,63 @@ def test_lists_of_numbers() -> None:
     assert parse_list("8,2,2", "--gpus", int) == (2, 8)
     with pytest.raises(InputError, match="--gpus 2,x: write whole numbers"):
         parse_list("2,x", "--gpus", int)
+
+
+def test_columns_in_any_order_quoted_and_with_windows_line_ends_say_the_same(tmp_path: Path) -> None:
+    plain = load_trace(write_trace(tmp_path / "t.csv", random_rows(3)))
+    lines = (tmp_path / "t.csv").read_text().splitlines()
+    order = [4, 9, 0, 2, 7, 1, 3, 8, 6, 5]
+    rows = [[line.split(",")[i] for i in order] for line in lines]
+    text = "\r\n".join(",".join(f'"{cell}"' for cell in (*cells, "more")) for cells in rows) + "\r\n"
+    path = tmp_path / "other.csv"
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load_trace(path).cities == plain.cities
+
+
+@pytest.mark.parametrize("missing", ["accuracy_after_predicted", "gpu_seconds_predicted", "microprofile_seconds"])
+def test_what_only_some_studies_need_may_be_missing(tmp_path: Path, missing: str) -> None:
+    header, cells = HEADER.split(","), GOOD.split(",")
+    kept = [i for i, name in enumerate(header) if name != missing]
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(",".join(row[i] for i in kept) for row in (header, cells)) + "\n")
+    trace = load_trace(path)
+    assert trace.missing == (missing,)
+    option, columns = ("--profiling", (PROFILING,)) if missing == PROFILING else ("--predicted", PREDICTED)
+    with pytest.raises(InputError, match=f"{option}: .* has no column {missing}"):
+        trace.need(columns, option)
+
+
+REUSE = "city,window,from_city,from_window,accuracy,class_distance,time_distance\n"
+
+
+def reuse_table(tmp_path: Path, text: str) -> ReuseTable:
+    trace = load_trace(write_trace(tmp_path / "t.csv", [row("a"), row("a", 2), row("b"), row("b", 2)]))
+    path = tmp_path / "reuse.csv"
+    path.write_text(text)
+    return load_reuse(path, trace)
+
+
+def test_old_models_are_picked_by_accuracy_age_and_distance(tmp_path: Path) -> None:
+    table = reuse_table(tmp_path, REUSE + "a,2,a,1,0.6,0.3,5\na,2,b,1,0.8,0.1,9\na,2,a,0,0.7,0.9,1\n")
+    assert table.policies == ("reuse", "reuse:latest", "reuse:class", "reuse:time")
+    picked = {name: table.pick(name, "a", 2) for name in table.policies}
+    assert [old.accuracy for old in picked.values() if old is not None] == [0.8, 0.6, 0.8, 0.7]
+    assert table.pick("reuse", "b", 2) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (REUSE, "holds no old models"),
+        (REUSE.replace("accuracy,", ""), "column accuracy is missing"),
+        (REUSE + "c,2,a,1,0.6,0,0\n", "column city: 'c' is not in"),
+        (REUSE + "a,3,a,1,0.6,0,0\n", "column window: .* has no window 3 of a"),
+        (REUSE + "a,2,b,2,0.6,0,0\n", "column from_window: 2 is not before window 2"),
+        (REUSE + "a,2,b,1,6,0,0\n", "column accuracy: 6 is out of range"),
+        (REUSE + "a,2,b,1,0.6,-1,0\n", "column class_distance: -1 is out of range"),
+        (REUSE.replace("class", "by class") + "a,2,b,1,0.6,1,0\n", "column by class_distance"),
+    ],
+)
+def test_a_bad_table_of_old_models_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        reuse_table(tmp_path, text)
