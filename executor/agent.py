@@ -17,6 +17,7 @@ import math
 from collections.abc import Iterable, Set
 from typing import Literal
 
+from executor.limits import HandOvers
 from executor.links import SetInference, SetShare, SwapModel
 from protocol.events import JobKind
 from protocol.messages import ApplyPlan, InferenceJob, Job, PlanApplied, PlanRefused
@@ -24,6 +25,7 @@ from protocol.plan import PlanVersion
 from protocol.schema import Record
 
 SHARE_TOLERANCE = 1e-6
+_DEFAULT = HandOvers()
 
 Kind = JobKind
 
@@ -34,7 +36,8 @@ class WorkerView(Record, frozen=True, kw_only=True):
     ``job``: as last told to the worker, commands on their way included. ``share_held``: the most that
     it may still be using; 0 while it has no process (``backoff``). ``share_cap``: the largest share that
     it can be given while it runs. ``resumes_s``: when a worker in ``backoff`` may be
-    started again, or one that is ready be replaced.
+    started again, or one that is ready be replaced. ``cap_fixed``: a larger share takes another worker.
+    ``since_s``: when its share was last changed.
     ``replacing``: it serves until its successor, a worker of the same job in ``starting``, is ready.
     """
 
@@ -43,6 +46,8 @@ class WorkerView(Record, frozen=True, kw_only=True):
     share_held: float
     share_cap: float = 1.0
     resumes_s: float = 0.0
+    cap_fixed: bool = False
+    since_s: float = 0.0
 
 
 class Start(Record, frozen=True, kw_only=True):
@@ -95,19 +100,22 @@ def reconcile(
     *,
     settled: Set[str] = frozenset(),
     alone: bool = False,
+    hand_overs: HandOvers = _DEFAULT,
 ) -> list[AgentCommand]:
     """The commands that bring ``workers`` nearer to ``desired``; an empty list when nothing can be done now.
 
     To be called again whenever a worker has started, become ready, shrunk or left, and when a
     ``backoff`` ends. ``settled``: ids of jobs that have ended, well or badly, and are not begun again.
     A growth beyond a worker's cap needs a replacement; only inference is worth one, other kinds keep
-    their share until they end.
+    their share until they end. Up to its cap a worker grows at once, and a small growth beyond it is not worth a
+    replacement (``hand_overs``); a worker much larger than its share is replaced when things have been quiet.
     """
     wanted = {job.job_id: job for job in desired}
     present = {worker.job.job_id: worker for worker in workers}
     stops: list[AgentCommand] = []
     changes: list[AgentCommand] = []
     growths: list[tuple[WorkerView, Job]] = []
+    refits: list[AgentCommand] = []
 
     for worker in workers:
         if worker.state == "stopping":
@@ -123,6 +131,8 @@ def reconcile(
                 stops.append(Tell(job_id=job.job_id, command=SetShare(share=job.share)))
             elif job.share > worker.job.share + SHARE_TOLERANCE:
                 growths.append((worker, job))
+            elif _is_oversized(worker, job, now, hand_overs):
+                refits.append(Replace(job=job))
 
     free = 1.0 - granted(worker.share_held for worker in workers) + SHARE_TOLERANCE
     risings: list[AgentCommand] = []
@@ -130,10 +140,14 @@ def reconcile(
         extra = max(0.0, job.share - worker.share_held)
         if extra > free:
             continue
-        if job.share <= worker.share_cap + SHARE_TOLERANCE:
+        excess = job.share - worker.share_cap
+        if excess <= SHARE_TOLERANCE or (isinstance(job, InferenceJob) and excess < hand_overs.min_growth):
             risings.append(Tell(job_id=job.job_id, command=SetShare(share=job.share)))
-        elif isinstance(job, InferenceJob) and now >= worker.resumes_s:
-            risings.append(Replace(job=job))
+        elif isinstance(job, InferenceJob):
+            if worker.job.share < worker.share_cap - SHARE_TOLERANCE:
+                risings.append(Tell(job_id=job.job_id, command=SetShare(share=worker.share_cap)))
+            if now >= worker.resumes_s:
+                risings.append(Replace(job=job))
         else:
             continue
         free -= extra
@@ -147,7 +161,17 @@ def reconcile(
             continue
         risings.append(Start(job=job))
         free -= job.share
-    return [*stops, *changes, *risings]
+    return [*stops, *changes, *risings, *(refits if not risings else ())]
+
+
+def _is_oversized(worker: WorkerView, job: Job, now: float, hand_overs: HandOvers) -> bool:
+    return (
+        worker.cap_fixed
+        and isinstance(job, InferenceJob)
+        and job.share < hand_overs.refit_below * worker.share_cap
+        and now >= worker.resumes_s
+        and now - worker.since_s >= hand_overs.refit_after_s
+    )
 
 
 def _rank(job: Job) -> tuple[int, str]:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from executor.limits import Limits, RestartPolicy
+from executor.limits import HandOvers, Limits, RestartPolicy
 from executor.shares.choose import ShareChoice
 from protocol.errors import ConfigError
 from protocol.schema import Fraction, Record, Seconds
@@ -42,6 +42,7 @@ class ExecutorConfig(Record, frozen=True, kw_only=True):
     preload: str = "executor.preload"
     limits: Limits = Limits()
     restarts: RestartPolicy = RestartPolicy()
+    hand_overs: HandOvers = HandOvers()
 
 
 def make_config(flags: dict[str, object], path: str | None = None) -> ExecutorConfig:
@@ -76,7 +77,12 @@ def _explain(message: str) -> str:
     unknown = re.search(r"unknown field `(\w+)`", text)
     if unknown is None:
         return f"key {key}: {text}" if key else text
-    section: dict[str, type[Record]] = {"": ExecutorConfig, "limits": Limits, "restarts": RestartPolicy}
+    section: dict[str, type[Record]] = {
+        "": ExecutorConfig,
+        "limits": Limits,
+        "restarts": RestartPolicy,
+        "hand_overs": HandOvers,
+    }
     allowed = ", ".join(section.get(key, ExecutorConfig).__struct_fields__)
     name = f"{key}.{unknown[1]}" if key else unknown[1]
     return f"key {name} is unknown; allowed are: {allowed}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from protocol.schema import PositiveInt, PositiveSeconds, Record, Seconds
+from protocol.schema import Fraction, PositiveInt, PositiveSeconds, Record, Seconds
 
 
 class Limits(Record, frozen=True, kw_only=True):
@@ -17,6 +17,20 @@ class Limits(Record, frozen=True, kw_only=True):
     stop_grace_s: Seconds = 3.0
     term_grace_s: Seconds = 2.0
     done_grace_s: Seconds = 5.0
+
+
+class HandOvers(Record, frozen=True, kw_only=True):
+    """When a changed share is worth another worker, where a running one cannot grow beyond what it was started with.
+
+    min_growth: share beyond that below which the stream goes on with what its worker can have. pause_s: between
+    two hand-overs of a stream. refit_below: share / share started with, below which a worker that is held down to it by
+    pacing is replaced by one that fits, after ``refit_after_s`` without a change; 0 = never.
+    """
+
+    min_growth: Fraction = 0.05
+    pause_s: Seconds = 5.0
+    refit_below: Fraction = 0.5
+    refit_after_s: Seconds = 10.0
 
 
 class RestartPolicy(Record, frozen=True, kw_only=True):

@@ -58,8 +58,16 @@ class Roster:
     """All workers of one executor. Methods take the monotonic time; results wait in ``outbox`` and ``events``."""
 
     def __init__(
-        self, executor_id: str, gpu_id: str, outbox: Outbox, policy: RestartPolicy | None = None, settle_s: float = 0.25
+        self,
+        executor_id: str,
+        gpu_id: str,
+        outbox: Outbox,
+        policy: RestartPolicy | None = None,
+        settle_s: float = 0.25,
+        pause_s: float = 0.0,
     ) -> None:
+        """``settle_s``: after an order, when a report of a worker that does not name its share follows it.
+        ``pause_s``: between two hand-overs of a stream."""
         self.settled: dict[str, None] = {}
         self.events: list[TelemetryEvent] = []
         self._executor_id = executor_id
@@ -67,6 +75,7 @@ class Roster:
         self._outbox = outbox
         self._policy = policy or RestartPolicy()
         self._settle_s = settle_s
+        self._pause_s = pause_s
         self._workers: dict[int, Worker] = {}
         self._good: dict[str, CheckpointRef] = {}
         self._refused: dict[str, None] = {}
@@ -97,6 +106,8 @@ class Roster:
                 share_held=worker.share_held,
                 share_cap=worker.share_cap,
                 resumes_s=worker.resumes_s,
+                cap_fixed=worker.cap_fixed,
+                since_s=worker.since_s,
             )
             # A job's live worker last: the agent goes by the last one of a job.
             for worker in sorted(self, key=lambda w: (w.state != "stopping", w.state != "starting"))
@@ -139,6 +150,7 @@ class Roster:
         """
         if isinstance(command, Start | Replace):
             worker = self._begin(command, 1.0 if live else command.job.share)
+            worker.cap_fixed, worker.since_s = not live, now
             return [Launch(worker)]
         if isinstance(command, Stop):
             return [effect for w in self.of_job(command.job_id) for effect in self.halt(w.worker_id, command.reason)]
@@ -194,6 +206,7 @@ class Roster:
             if worker.state != "ready":
                 continue
             if isinstance(order, SetShare):
+                worker.since_s = now
                 worker.shrink_sent_s = now if order.share < worker.share_held else None
                 worker.share_held = max(worker.share_held, order.share)
                 worker.job = _replaced(worker.job, share=order.share)
@@ -277,7 +290,7 @@ class Roster:
         self._change(worker, "ready", f"startup_s={report.startup_s:.2f}")
         if not worker.standby:
             return []
-        worker.standby = False
+        worker.standby, worker.resumes_s = False, now + self._pause_s
         if relieved not in self._workers:
             return [Order(worker, TakeOver(at_s=now))]  # the one before it has died meanwhile
         # A little ahead, so that both know before the frame comes that the one leaves and the other takes.

@@ -35,6 +35,8 @@ class Worker:
     stop_reason: str = ""
     successor_of: int | None = None
     standby: bool = False
+    cap_fixed: bool = False
+    since_s: float = 0.0
     origin_s: float | None = None
     handed_over_s: float | None = None
     took_over_s: float | None = None

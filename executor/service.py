@@ -90,7 +90,9 @@ class Service:
         self._gpu = msgspec.structs.replace(spec, reserved_share=config.reserved_share)
         self._outbox = Outbox()
         self._fence = Fence(self.executor_id)
-        self._roster = Roster(self.executor_id, self._gpu.gpu_id, self._outbox, config.restarts)
+        self._roster = Roster(
+            self.executor_id, self._gpu.gpu_id, self._outbox, config.restarts, pause_s=config.hand_overs.pause_s
+        )
         self._forkserver = ForkServer(config.preload, config.log_level)
         self._supervisor = Supervisor(config.worker, config.limits, backend.evict, clock, self._forkserver)
         self._context: sockets.Context = zmq.Context()
@@ -370,6 +372,7 @@ class Service:
             now,
             settled=self._roster.settled.keys(),
             alone=self._alone,
+            hand_overs=self.config.hand_overs,
         )
         for command in commands:
             for effect in self._roster.carry_out(command, now, self.backend.can_resize_live):

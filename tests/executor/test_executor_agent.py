@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 import hypothesis.strategies as st
+import msgspec
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -21,7 +22,7 @@ from executor.agent import (
     granted,
     reconcile,
 )
-from executor.limits import RestartPolicy
+from executor.limits import HandOvers, RestartPolicy
 from executor.links import Command, JobDone, Progress, Ready, SetInference, SetShare, SwapModel
 from executor.outbox import Outbox
 from executor.roster import Roster
@@ -121,6 +122,32 @@ def test_beyond_its_cap_a_serving_worker_is_replaced_and_a_retraining_keeps_its_
     handing_over = (view(serving, "replacing", share_cap=0.2), view(wanted[0], "starting", share_cap=0.5))
     assert reconcile(wanted[:1], handing_over, 0.0) == []
     assert reconcile(wanted[:1], (view(serving, "stopping"), view(wanted[0], share_cap=0.5)), 0.0) == []
+
+
+def test_what_a_running_worker_can_have_it_gets_at_once_and_small_growths_are_not_worth_another() -> None:
+    rules = HandOvers(min_growth=0.05, refit_below=0.5, refit_after_s=10.0)
+    paced = view(model.inference("s1", 0.1), share_cap=0.3, cap_fixed=True)
+    slightly, much = model.inference("s1", 0.33), model.inference("s1", 0.6)
+    assert reconcile((slightly,), (paced,), 0.0, hand_overs=rules) == [
+        Tell(job_id=slightly.job_id, command=SetShare(share=0.33))
+    ]
+    at_once = Tell(job_id=much.job_id, command=SetShare(share=0.3))
+    assert reconcile((much,), (paced,), 0.0, hand_overs=rules) == [at_once, Replace(job=much)]
+    pausing = msgspec.structs.replace(paced, resumes_s=5.0)
+    assert reconcile((much,), (pausing,), 0.0, hand_overs=rules) == [at_once]
+
+
+def test_a_worker_much_larger_than_its_share_is_replaced_when_things_have_been_quiet() -> None:
+    rules = HandOvers(refit_below=0.5, refit_after_s=10.0)
+    job, training = model.inference("s1", 0.2), model.retraining("s1", 0.2)
+    large = view(job, share_cap=0.6, cap_fixed=True, since_s=100.0)
+    assert reconcile((job,), (large,), 109.0, hand_overs=rules) == []
+    assert reconcile((job,), (large,), 110.0, hand_overs=rules) == [Replace(job=job)]
+    fitting = msgspec.structs.replace(large, share_cap=0.4)
+    assert reconcile((job,), (fitting,), 200.0, hand_overs=rules) == []
+    live = msgspec.structs.replace(large, share_cap=1.0, cap_fixed=False)
+    assert reconcile((job,), (live,), 200.0, hand_overs=rules) == []
+    assert reconcile((training,), (msgspec.structs.replace(large, job=training),), 200.0, hand_overs=rules) == []
 
 
 def test_a_job_that_became_another_kind_is_stopped_before_it_is_started() -> None:
