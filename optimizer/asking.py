@@ -10,7 +10,7 @@ import msgspec
 from optimizer import questions
 from optimizer.config import SiteConfig
 from optimizer.emitter import Emitter
-from optimizer.objective import judge
+from optimizer.objective import Verdict, judge
 from optimizer.ports import Solve, Solved
 from optimizer.state import ExecutorState, SiteState
 from optimizer.summaries import plan_solved
@@ -28,6 +28,7 @@ class _Question(msgspec.Struct, frozen=True):
     problem: Problem
     phase: Literal["profiling", "plan", "replan"]
     reason: str
+    left_s: float  # of the site's window
 
 
 class Asker:
@@ -84,7 +85,7 @@ class Asker:
         phase: Literal["profiling", "plan", "replan"] = (
             "profiling" if serving_only else "plan" if state.phase == "planning" else "replan"
         )
-        self._question = _Question(self._token, problem, phase, reason)
+        self._question = _Question(self._token, problem, phase, reason, max(left, 0.1))
         self._emit.add(Solve(token=self._token, problem=problem, window=state.window, phase=phase))
 
     def solved(self, event: Solved, now: float) -> None:
@@ -125,10 +126,19 @@ class Asker:
         else:
             self._emit.notice("error", f"no plan for window {state.window}: {reason}")
 
+    @staticmethod
+    def _until_window_end(question: _Question, plan: Plan) -> Verdict:
+        """The judgement with every stream counted until the end of the site's window, where the plan looks further."""
+        problem = question.problem
+        if problem.window_s <= question.left_s:
+            return judge(problem, plan)
+        streams = tuple(msgspec.structs.replace(stream, window_s=question.left_s) for stream in problem.streams)
+        return judge(msgspec.structs.replace(problem, streams=streams), plan)
+
     def _start_plan(self, question: _Question, plan: Plan, now: float) -> None:
         state = self._state
         verdict = judge(question.problem, plan)
-        values = {s.stream_id: s.value for s in verdict.streams}
+        values = {s.stream_id: s.value for s in self._until_window_end(question, plan).streams}
         profiles = {s.stream_id: s for s in question.problem.streams}
         elapsed = max(0.0, now - state.window_opened_s)
         for stream in state.streams.values():

@@ -98,7 +98,8 @@ class SiteConfig(Record, frozen=True, kw_only=True):
     ``min_executors``: the first window waits for so many. ``replan_s``: with less than this left in a
     window nothing is planned anew. ``migration_s`` and ``config_change_s``: seconds of a stream's accuracy that moving
     it to another GPU, or changing its inference configuration, is reckoned to cost. ``heartbeat_s`` and
-    ``silence_s``: an executor that is silent for ``silence_s`` counts as lost.
+    ``silence_s``: an executor that is silent for ``silence_s`` counts as lost. ``planning_quantile``: plans are made
+    on this quantile of every uncertain gain; 0.5 = what is expected, less = cautious.
     """
 
     name: Name
@@ -112,6 +113,7 @@ class SiteConfig(Record, frozen=True, kw_only=True):
     replan_s: Seconds = 3.0
     migration_s: Seconds = 1.5
     config_change_s: Seconds = 0.05
+    planning_quantile: Annotated[float, msgspec.Meta(gt=0.0, le=0.5)] = 0.5
     min_executors: PositiveInt = 1
     heartbeat_s: PositiveSeconds = 0.5
     silence_s: PositiveSeconds = 3.0

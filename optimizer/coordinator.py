@@ -14,7 +14,7 @@ from typing import Literal
 
 import msgspec
 
-from optimizer import questions
+from optimizer import latencies, questions
 from optimizer.asking import WINDOW_PHASES, Asker
 from optimizer.carrying import Carrier
 from optimizer.closing import Closer
@@ -38,8 +38,9 @@ from optimizer.ports import (
 )
 from optimizer.state import ExecutorState, SiteState, StreamState
 from optimizer.watching import Watcher
+from optimizer.windows import opens
 from protocol import messages as m
-from protocol.events import ExecutorChanged, RetrainFinished, WindowOpened
+from protocol.events import ExecutorChanged, RetrainFinished, StreamAccuracy, WindowOpened
 from protocol.plan import PlanVersion
 from protocol.schema import LiveSource
 
@@ -97,7 +98,7 @@ class Coordinator:
             case Measured(event=measured):
                 self._closer.measured(measured)
                 self._profiler.measured(measured)
-                return []
+                return self._measured_latency(measured)
             case Tick():
                 pass
         for reason in notice_conditions(self.state, self.executors, now):
@@ -117,6 +118,15 @@ class Coordinator:
     @property
     def _adopting(self) -> bool:
         return self._adopt_until_s is not None
+
+    def _measured_latency(self, event: StreamAccuracy) -> list[Output]:
+        """A stream whose results turn out to come too late is planned anew at the next tick."""
+        stream = self.state.streams.get(event.stream_id)
+        if stream is not None:
+            latencies.remember(stream, event)
+            if self.state.phase == "executing" and latencies.newly_late(stream, self._specs[event.stream_id]):
+                self._asker.want(f"results of {event.stream_id} come too late")
+        return []
 
     def window_end_s(self) -> float:
         """Site time at which the present window ends."""
@@ -353,15 +363,22 @@ class Coordinator:
     def _open_window(self, window: int, opened_s: float) -> None:
         state = self.state
         first = window == 0
+        opening = {stream_id for stream_id, spec in self._specs.items() if opens(spec, window)}
         state.window, state.window_opened_s = window, opened_s
-        state.plan, state.ended, state.pipeline, state.room_made = None, [], {}, first
+        state.plan, state.ended, state.pipeline = None, [], {}
         state.profiling_share, state.shed = self.site.profiling.share, []
         state.watch_share = self.site.gate.share
-        state.phase = "planning" if first else "profiling"
+        # The first window is planned on what the bootstrap has just measured.
+        state.phase = "planning" if first or not opening else "profiling"
+        state.room_made = state.phase == "planning"
         for stream in state.streams.values():
-            # The first window is planned on what the bootstrap has just measured.
-            stream.stage = "done" if first else "label"
-            stream.running, stream.settled, stream.swapped, stream.retrain_id = None, False, False, ""
+            stream.stage = "done" if first or stream.stream_id not in opening else "label"
+            stream.swapped = False
+            if stream.stream_id in opening:
+                stream.running, stream.settled = None, False
+            if stream.running is None:
+                stream.retrain_id = ""
+            latencies.forget_old(stream)
             stream.shortfall = self._closer.shortfall(stream, window - 1)
             stream.predicted = None
             stream.penalties = {name: last for name, last in stream.penalties.items() if last >= window}

@@ -141,7 +141,7 @@ class Pipeline:
         if stream.stage == "label":
             # Nobody has kept what a live stream showed before it is served: it is recorded now, for its first model.
             record = isinstance(spec.source, LiveSource) and stream.checkpoint is None
-            span = site.bootstrap.seconds if first else site.profiling.label_span * site.window_s
+            span = site.bootstrap.seconds if first else site.profiling.label_span * site.window_s * spec.retrain_every
             if record and not first:
                 span = min(site.bootstrap.seconds, 0.5 * site.profiling.limit * site.window_s)
             fps = site.bootstrap.label_fps if first or record else spec.label_fps

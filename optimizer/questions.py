@@ -7,11 +7,13 @@ from collections.abc import Mapping
 
 import msgspec
 
+from optimizer import latencies
 from optimizer.config import SiteConfig
 from optimizer.degrading import least
 from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency
 from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
-from protocol.plan import Problem, RetrainProfile, StreamProfile
+from optimizer.windows import own_left_s
+from protocol.plan import InferenceProfile, Problem, RetrainProfile, StreamProfile
 from protocol.schema import GpuSpec, RetrainRun, StreamSpec
 
 _NUMBER = re.compile(r":\d+")
@@ -62,16 +64,20 @@ def make_problem(
     """What is to be planned now, None when no executor or no profiled stream is there.
 
     ``reserved_share`` is kept free on every GPU, and the site's ``watch_share`` besides where a new model is compared
-    with the old one; ``left_s`` is what is left of the window, seconds.
+    with the old one; ``left_s`` is what is left of the site's window, seconds. The plan looks ahead to the end of the
+    longest own window of a stream (``windows.py``).
     """
     specs = {spec.stream_id: spec for spec in site.streams}
+    lefts = {sid: own_left_s(spec, state.window, left_s, site.window_s) for sid, spec in specs.items()}
     streams = tuple(
-        _stream(stream, specs[stream.stream_id], executors, now, with_retraining, state.window)
+        _stream(stream, specs[stream.stream_id], executors, now, with_retraining, state.window, lefts[stream.stream_id])
         for stream in state.streams.values()
         if stream.checkpoint and stream.profile and stream.stream_id not in state.shed
     )
     if not streams or not executors:
         return None
+    horizon_s = max(lefts[stream.stream_id] for stream in streams)
+    streams = tuple(msgspec.structs.replace(s, window_s=None) if s.window_s == horizon_s else s for s in streams)
     watching = {s.serving_executor for s in state.streams.values() if s.canary}
     gpus = tuple(
         msgspec.structs.replace(
@@ -82,12 +88,13 @@ def make_problem(
         for executor_id, executor in sorted(executors.items())
     )
     return Problem(
-        window_s=left_s,
+        window_s=horizon_s,
         gpus=gpus,
         streams=streams,
         share_quantum=site.share_quantum,
         config_change_s=site.config_change_s,
         migration_s=site.migration_s,
+        planning_quantile=site.planning_quantile,
     )
 
 
@@ -121,24 +128,34 @@ def _stream(
     now: float,
     with_retraining: bool,
     window: int,
+    left_s: float,
 ) -> StreamProfile:
     assert stream.profile is not None
     choices: tuple[RetrainProfile, ...] = ()
-    if with_retraining and not stream.settled:
+    if not stream.settled:
         running = stream.running
-        if running is None and not stream.degraded:
+        if running is None and with_retraining and not stream.degraded:
             choices = tuple(p for p in stream.profile.retrain if stream.penalties.get(p.retrain_id, -1) < window)
         elif running is not None and running.executor_id in executors:
             known = next((p for p in stream.profile.retrain if p.retrain_id == running.retrain_id), None)
             if known is not None:
                 left = work_left(running, executors[running.executor_id].gpu, now)
                 choices = (msgspec.structs.replace(known, gpu_seconds=left, pinned_gpu=running.executor_id),)
+    inference = tuple(_as_measured(stream, profile) for profile in stream.profile.inference)
     return msgspec.structs.replace(
         stream.profile,
-        inference=least(stream.profile.inference) if stream.degraded else stream.profile.inference,
+        inference=least(inference) if stream.degraded else inference,
         retrain=choices,
         min_accuracy=spec.min_accuracy,
         weight=spec.weight,
+        max_latency_s=spec.max_latency_s,
+        window_s=left_s,
         serving_gpu=stream.serving_executor if stream.serving_executor in executors else None,
         serving_inference=stream.serving_config.config_id if stream.serving_config else None,
     )
+
+
+def _as_measured(stream: StreamState, profile: InferenceProfile) -> InferenceProfile:
+    """With the latency that was measured while serving, where it was."""
+    latency_s = latencies.measured_s(stream, profile.inference_id)
+    return profile if latency_s is None else msgspec.structs.replace(profile, latency_s=latency_s)

@@ -96,7 +96,8 @@ class StreamState(msgspec.Struct, kw_only=True):
     ``degraded``: it is live and gives no pictures; ``turned_s``: since when its executor says otherwise than this.
     ``settled``: its retraining of this window ended, was refused or failed; no other is started.
     ``canary``: a new model on its way; ``judged_version``: the newest that the gate has seen. ``penalties``: the last
-    window in which a retraining configuration is not to be tried.
+    window in which a retraining configuration is not to be tried. ``latencies``: the last ones measured per
+    inference configuration, seconds; ``late``: it was told in this window that the one in use is too slow.
     """
 
     stream_id: str
@@ -120,6 +121,8 @@ class StreamState(msgspec.Struct, kw_only=True):
     penalties: dict[str, int] = {}
     degraded: bool = False
     turned_s: float | None = None
+    latencies: dict[str, list[float]] = {}
+    late: bool = False
 
 
 class SiteState(msgspec.Struct, kw_only=True):

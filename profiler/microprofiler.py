@@ -20,7 +20,7 @@ from profiler.costs import CostModel, GroupKey, cost_model, diverged, group_key,
 from profiler.curves import MIN_ERROR, LearningCurve, effective_effort, fit_curve, likely_ceiling
 from profiler.priors import ERROR_PER_HALF_WIDTH, AccuracyPrior
 from profiler.quality import measure_inference
-from profiler.records import ConfigEstimate, Estimate, EstimateSource, StreamHistory
+from profiler.records import ConfigEstimate, Estimate, EstimateSource, InferenceEstimate, StreamHistory
 from protocol.plan import InferenceProfile, RetrainProfile, StreamProfile
 from protocol.schema import (
     DatasetRef,
@@ -112,7 +112,8 @@ def estimate_in_detail(
         inference=tuple(
             InferenceProfile(
                 inference_id=row.config.config_id,
-                gpu_share_needed=max(spec.fps * row.busy_s_per_frame * knobs.share_safety, MIN_SHARE),
+                gpu_share_needed=_share_needed(row, spec, knobs),
+                latency_s=_latency(row, _share_needed(row, spec, knobs)),
                 relative_accuracy=row.relative_accuracy,
                 memory_bytes=inference_memory.get(row.config, max(inference_memory.values(), default=0)),
                 config=row.config,
@@ -141,6 +142,18 @@ def estimate_in_detail(
         retrain=rows,
         inference=measured,
     )
+
+
+def _share_needed(row: InferenceEstimate, spec: StreamSpec, knobs: EstimatorKnobs) -> float:
+    return max(spec.fps * row.busy_s_per_frame * knobs.share_safety, MIN_SHARE)
+
+
+def _latency(row: InferenceEstimate, share: float) -> float:
+    """From a frame's arrival to its result with just the share needed, seconds, until it is measured while serving.
+
+    The skipped frames of ``busy_s_per_frame`` cost next to nothing: what is busy is the analysed one of an interval.
+    """
+    return row.busy_s_per_frame * row.config.frame_interval / min(1.0, share)
 
 
 class _Curve(Record, frozen=True, kw_only=True):

@@ -183,6 +183,9 @@ class StreamSpec(Record, frozen=True, kw_only=True):
     of the memory against forgetting. ``crop_px``: edge of the square object crops kept for training.
     ``task``: what the student does: "classification" names the objects at the source's boxes, "detection" finds
     them as well. ``frame_px``: longer edge of the whole frames that a detection stream keeps for training.
+    ``max_latency_s``: inference configurations whose results come later than this after their frame are not
+    planned (the quickest is, where all are too slow). ``retrain_every``: the stream is profiled and retrained
+    only once in so many windows of the site.
     """
 
     stream_id: Name
@@ -199,6 +202,8 @@ class StreamSpec(Record, frozen=True, kw_only=True):
     crop_px: Annotated[int, msgspec.Meta(ge=16, le=256)] = 64
     task: Task = "classification"
     frame_px: Annotated[int, msgspec.Meta(ge=64, le=1280)] = 192
+    max_latency_s: PositiveSeconds | None = None
+    retrain_every: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
 
 
 # ---------------------------------------------------------------- configurations
