@@ -17,6 +17,8 @@ from protocol.schema import StreamCondition
 
 # A condition has to last this long before a plan is made for it: a camera that starts anew does not upset others.
 _LASTING_S = 1.0
+# A problem without a share for a configuration is refused; this one is rounded up to a quantum.
+_NEXT_TO_NOTHING = 1e-6
 
 
 def notice_conditions(state: SiteState, executors: Mapping[str, ExecutorState], now: float) -> list[str]:
@@ -38,9 +40,9 @@ def notice_conditions(state: SiteState, executors: Mapping[str, ExecutorState], 
 
 
 def least(choices: tuple[InferenceProfile, ...]) -> tuple[InferenceProfile, ...]:
-    """What keeps the worker of a degraded stream: its cheapest configuration, needing nothing."""
+    """What keeps the worker of a degraded stream: its cheapest configuration, needing next to nothing."""
     cheapest = min(choices, key=lambda profile: profile.gpu_share_needed)
-    return (msgspec.structs.replace(cheapest, gpu_share_needed=0.0),)
+    return (msgspec.structs.replace(cheapest, gpu_share_needed=_NEXT_TO_NOTHING),)
 
 
 def _reported(stream: StreamState, executors: Mapping[str, ExecutorState]) -> StreamCondition | None:
