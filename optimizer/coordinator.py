@@ -103,6 +103,9 @@ class Coordinator:
                 pass
         for reason in notice_conditions(self.state, self.executors, now):
             self._asker.want(reason)
+        if self.state.phase == "executing":
+            for reason in questions.notice_late(self.state, self.executors, now):
+                self._asker.want(reason)
         self._advance(now)
         if not self._adopting and not self._over:
             if self.state.phase in WINDOW_PHASES:

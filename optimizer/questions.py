@@ -19,6 +19,10 @@ from protocol.schema import GpuSpec, RetrainRun, StreamSpec
 _NUMBER = re.compile(r":\d+")
 # What is left of a retraining that has used up its estimate: it cannot be known, but it is not nothing.
 _LEAST_LEFT = 0.05
+# A retraining is late beyond this part of its estimate and these GPU-seconds; then it is reckoned to take so many times
+# what it has taken. It can be late again, but not often: the estimate grows by a fixed factor.
+_LATE_PART, _LATE_S = 0.15, 1.0
+_LATE_FACTOR = 1.25
 
 
 def work_done(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
@@ -29,7 +33,23 @@ def work_done(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
 
 def work_left(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
     """GPU-seconds that are still ahead of a running retraining, never less than a twentieth of all."""
-    return max(running.work_s - work_done(running, gpu, now), running.work_s * _LEAST_LEFT)
+    expected_s = max(running.work_s, running.late_work_s)
+    return max(expected_s - work_done(running, gpu, now), expected_s * _LEAST_LEFT)
+
+
+def notice_late(state: SiteState, executors: Mapping[str, ExecutorState], now: float) -> list[str]:
+    """Expect more of retrainings that take longer than their estimate; the reasons to plan anew."""
+    reasons = []
+    for stream in state.streams.values():
+        running = stream.running
+        if running is None or running.executor_id not in executors:
+            continue
+        done_s = work_done(running, executors[running.executor_id].gpu, now)
+        expected_s = max(running.work_s, running.late_work_s)
+        if done_s > expected_s * (1.0 + _LATE_PART) + _LATE_S:
+            running.late_work_s = done_s * _LATE_FACTOR
+            reasons.append(f"retraining of {stream.stream_id} is late")
+    return reasons
 
 
 def device_kind(executor: ExecutorState) -> str:

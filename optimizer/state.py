@@ -36,7 +36,8 @@ class ExecutorState(msgspec.Struct, kw_only=True):
 
 class RunningRetrain(msgspec.Struct, kw_only=True):
     """A retraining that was started. ``work_s``: GPU-seconds expected when it started; ``done_s`` of them
-    were done by ``since_s`` (site clock), from when on it runs at ``share``; ``started_s``: when it was commanded."""
+    were done by ``since_s`` (site clock), from when on it runs at ``share``; ``started_s``: when it was commanded.
+    ``late_work_s``: what is expected in all since it turned out to take longer, 0 until then."""
 
     job: RetrainJob
     executor_id: str
@@ -47,6 +48,7 @@ class RunningRetrain(msgspec.Struct, kw_only=True):
     share: float
     accuracy_predicted: float
     started_s: float | None = None
+    late_work_s: float = 0.0
 
 
 class Canary(msgspec.Struct, kw_only=True):
