@@ -15,7 +15,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from executor.gpu_check import cuda_checks, incident_checks, mps_checks
+from executor.gpu_check import cuda_checks, incident_checks, mps_checks, worker_checks
 from executor.gpu_check.bench import Bench
 from executor.gpu_check.clients import Clients
 from executor.gpu_check.transcript import Details, Transcript, watchdog
@@ -35,6 +35,7 @@ CHECKS: tuple[tuple[str, Check, float, float], ...] = (
     ("mps_unreachable", mps_checks.mps_unreachable, 30.0, 5.0),
     ("mps_startup", mps_checks.mps_startup, 45.0, 10.0),
     ("mps_hand_over", mps_checks.mps_hand_over, 75.0, 20.0),
+    ("mps_workers", worker_checks.mps_workers, 60.0, 15.0),
     ("mps_two_at_half", mps_checks.mps_two_at_half, 75.0, 25.0),
     ("mps_shares", mps_checks.mps_shares, 120.0, 45.0),
     ("mps_memory_cap", mps_checks.mps_memory_cap, 30.0, 5.0),

@@ -29,6 +29,7 @@ class Bench:
     ``uuid``: of the GPU, empty when there is none; ``index``: as NVML counts. ``measure_s``: for each figure.
     ``rounds``: hand-overs there and back. ``queries``: per thread. ``watch_s``: how long an incident is watched.
     ``matrix``: edge of the matrix products, which use all of a GPU. ``extra``: variables for every client.
+    ``worker``: the executor's worker.
     """
 
     transcript: Transcript
@@ -48,6 +49,7 @@ class Bench:
     daemon: MpsDaemon | None = None
     mps_trouble: str = "the daemon has not been started"
     directory: str = ""
+    worker: str = "executor.worker:main"
     extra: Mapping[str, str] = field(default_factory=dict)
     works: bool = False
 

@@ -87,16 +87,16 @@ class Clients:
     def __init__(self, device: str, entry: str = ENTRY, preload: str = PRELOAD) -> None:
         self.device = device
         self._entry = entry
-        self._forkserver = ForkServer(preload, "error")
+        self.forkserver = ForkServer(preload, "error")
         self.alive: list[Client] = []
 
     def warm_up(self) -> None:
         """Raises WorkerError."""
-        self._forkserver.warm_up()
+        self.forkserver.warm_up()
 
     def start(self, environment: Mapping[str, str]) -> Client:
         """A new process that has not touched the device yet."""
-        client = Client(*self._forkserver.start(self._entry, environment, 500))
+        client = Client(*self.forkserver.start(self._entry, environment, 500))
         self.alive.append(client)
         return client
 

@@ -15,7 +15,7 @@ from executor.gpu_check.transcript import Details, SkipCheckError
 from executor.shares.mps_control import PROGRAM
 
 PLACES = ("/usr/bin", "/usr/local/nvidia/bin", "/usr/local/cuda/bin", "/usr/local/bin", "/opt/nvidia/bin", "/bin")
-SHARES = (0.1, 0.2, 0.4, 0.6, 0.8)
+SHARES = (0.1, 0.25, 0.5, 0.75)
 FIELDS = "index,name,uuid,driver_version,compute_mode,mig.mode.current,memory.total,memory.used,clocks.sm,pstate"
 
 
@@ -90,14 +90,14 @@ def pacing(bench: Bench, details: Details) -> None:
     """Shares held by duty cycle: busy share and throughput against what was granted (phi by pacing)."""
     bench.need_gpu()
     client = bench.clients.open(bench.plain())
-    for name in ("edge_cnn_train_b32", "resnet18_train_b32", "matmul"):
+    for name in ("edge_cnn_train_b32", "resnet18_infer_b16", "matmul"):
         work = bench.workloads().get(name)
         if work is None:
             continue
         full = bench.rate(client, work)
         rows = details[name] = [{"share": 1.0, "busy_share": full["busy_share"], "phi": 1.0, "per_s": full["per_s"]}]
         for share in SHARES:
-            row = bench.rate(client, work, share, 1.5)
+            row = bench.rate(client, work, share)
             rows.append(
                 {
                     "share": share,

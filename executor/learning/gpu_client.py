@@ -12,13 +12,16 @@ import os
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from executor.child import die_with_parent
+from executor.learning import checkpoints
 from executor.learning.datasets import CropSet
 from executor.learning.device import Device, take_device
 from executor.learning.inference import CropClassifier
@@ -49,6 +52,7 @@ class Client:
         self._started = time.monotonic()
         self._device: Device | None = None
         self._leaving = False
+        self._reach_out: Callable[..., object] = lambda *arguments: None
         self._steps: dict[tuple[object, ...], Callable[[], int]] = {}
 
     def run(self) -> None:
@@ -186,12 +190,30 @@ class Client:
     def _do_memory(self, command: dict[str, Any]) -> Answer:
         return {"peak_bytes": self._taken.peak_memory_bytes()}
 
+    def _do_prepare_fault(self, command: dict[str, Any]) -> Answer:
+        """Everything that takes time before the fault."""
+        if command["kind"] == "address":
+            self._reach_out = torch.cuda._compile_kernel(_ILLEGAL_ADDRESS, "reach_out")
+        return {}
+
+    def _do_checkpoint(self, command: dict[str, Any]) -> Answer:
+        """Save a new student of a stream below ``store``, so that a worker can serve with it."""
+        student = build_student(StudentSpec(architecture=command["net"]), len(command["classes"]))
+        ref = checkpoints.save(
+            Path(command["store"]),
+            student,
+            stream_id=command["stream_id"],
+            version=1,
+            classes=tuple(command["classes"]),
+            crop_px=32,
+        )
+        return {"checkpoint": msgspec.to_builtins(ref)}
+
     def _do_fault(self, command: dict[str, Any]) -> Answer:
         """Provoke a fatal GPU fault: an illegal address, or a device-side assertion. Never ends well on a GPU."""
         device = self._taken.torch_device
         if command["kind"] == "address":
-            kernel = torch.cuda._compile_kernel(_ILLEGAL_ADDRESS, "reach_out")
-            kernel((1, 1, 1), (1, 1, 1), (torch.zeros(1, device=device),))
+            self._reach_out((1, 1, 1), (1, 1, 1), (torch.zeros(1, device=device),))
         else:
             torch.zeros(4, device=device)[torch.tensor([1 << 20], device=device)]
         torch.cuda.synchronize(device)

@@ -38,14 +38,15 @@ class MpsBackend:
     can_resize_live = False
     worker_device = "cuda:0"  # the daemon shows its clients one GPU
 
-    def __init__(self, device: Device, daemon: MpsDaemon) -> None:
-        """Raises DeviceError when the daemon cannot be started."""
+    def __init__(self, device: Device, daemon: MpsDaemon, start: bool = True) -> None:
+        """``start``: start the daemon, which is not running yet. Raises DeviceError when it cannot be started."""
         self._device = device
         self._daemon = daemon
         self._checked_s = float("-inf")
         self._restart_due_s = float("-inf")
         self._down = ""
-        daemon.start()
+        if start:
+            daemon.start()
 
     def worker_environment(self, job: Job, share: float) -> Mapping[str, str]:
         """The client's variables. Raises WorkerError while the daemon is down or no client is admitted."""

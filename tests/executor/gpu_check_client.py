@@ -33,6 +33,9 @@ class _Client(Client):
             raise RuntimeError(f"CUDA error {said}")
         return super()._do_open(command) | {"num_units": int(said or NUM_UNITS)}
 
+    def _do_prepare_fault(self, command: dict[str, Any]) -> Answer:
+        return {}
+
     def _do_fault(self, command: dict[str, Any]) -> Answer:
         _ask("model_fault")
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

@@ -123,6 +123,7 @@ def transcript(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         watch_s=0.5,
         percentages=(100, 20),
         directory=str(root / "m"),
+        worker="tests.executor.problem_worker:main",
         extra={"MPS_MODEL": str(program)},
     )
     run_checks(bench, skip=("mps_many", "machine", "pacing", "mps_two_at_half", "mps_fault_assert"))
@@ -154,5 +155,7 @@ def test_the_check_finds_what_the_model_is_known_to_do(transcript: dict[str, Any
     assert not terminated["stream"]["hurt"]
     for row in transcript["mps_hand_over"]["details"]["hand_overs"]:
         assert row["frames_lost"] == row["frames_twice"] == 0
+    workers = transcript["mps_workers"]["details"]
+    assert (workers["worker_1"]["num_units"], workers["worker_2"]["num_units"]) == (26, 78)
     commands = transcript["mps_attach"]["commands"]
     assert any(entry["command"].startswith("get_client_list") and entry["exit_code"] == 0 for entry in commands)
