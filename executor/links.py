@@ -113,6 +113,7 @@ class StreamStats(Record, frozen=True, kw_only=True, tag="stream_stats"):
     model_version: int
     inference_id: str
     conditions: str = ""
+    latency_ms_p99: float = 0.0
 
 
 class StreamChanged(Record, frozen=True, kw_only=True, tag="stream_changed"):

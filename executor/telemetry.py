@@ -41,6 +41,7 @@ def accuracy_event(job: Job, stats: StreamStats, window: int) -> StreamAccuracy:
         num_objects=stats.num_objects,
         fps=stats.num_analysed / stats.interval_s if stats.interval_s > 0.0 else 0.0,
         latency_ms_p50=stats.latency_ms_p50,
+        latency_ms_p99=stats.latency_ms_p99,
         model_version=stats.model_version,
         inference_id=stats.inference_id,
         conditions=stats.conditions,

@@ -26,7 +26,7 @@ from executor.learning.retraining import retrain
 from executor.learning.training import DivergedError
 from executor.learning.trials import run_trials
 from executor.links import EpochDone, JobBroken, JobDone, Ready, StartJob
-from executor.streams.feed import open_feed
+from executor.streams.feed import Feed, open_feed
 from executor.streams.frames import FrameSource
 from executor.streams.open import open_source
 from executor.streams.record import record
@@ -44,13 +44,19 @@ _log = logging.getLogger(__name__)
 # Written while there is memory to write it with.
 _OUT_OF_MEMORY = encode(JobBroken(kind="memory", reason="out of memory"))
 
+FeedWith = Callable[[InferenceJob, FrameSource | None, Path, float | None], Feed]
 BrokenKind = Literal["input", "memory", "diverged", "device", "checkpoint", "internal"]
 
 
-def main(connection: Connection, open_stream: Callable[[StreamSpec], FrameSource] = open_source) -> None:
+def main(
+    connection: Connection,
+    open_stream: Callable[[StreamSpec], FrameSource] = open_source,
+    feed_with: FeedWith = open_feed,
+) -> None:
     """Run the one job that comes down ``connection``, report on it, and return.
 
-    Must be called from the process's main thread. ``open_stream`` makes the frame source of a stream.
+    Must be called from the process's main thread. ``open_stream`` makes the frame source of a stream, ``feed_with``
+    what a serving job is fed with.
     """
     started = time.monotonic()
     die_with_parent()
@@ -60,7 +66,7 @@ def main(connection: Connection, open_stream: Callable[[StreamSpec], FrameSource
         start = receive(connection)
         if not isinstance(start, StartJob):
             raise ProtocolError(f"a worker's first message is StartJob, not {type(start).__name__}")
-        _run(connection, start, started, open_stream)
+        _run(connection, start, started, open_stream, feed_with)
     except ParentGoneError:
         _log.info(line("worker_exit", reason="executor gone"))
     except ProtocolError as error:
@@ -70,14 +76,18 @@ def main(connection: Connection, open_stream: Callable[[StreamSpec], FrameSource
 
 
 def _run(
-    connection: Connection, start: StartJob, started: float, open_stream: Callable[[StreamSpec], FrameSource]
+    connection: Connection,
+    start: StartJob,
+    started: float,
+    open_stream: Callable[[StreamSpec], FrameSource],
+    feed_with: FeedWith,
 ) -> None:
     source: FrameSource | None = None
     try:
         device = take_device(start.device)
         link = Link(connection, start, device)
         source = _source_of(start, open_stream)
-        result = _work(start, device, link, source, started)
+        result = _work(start, device, link, source, started, feed_with)
         if result is not None:
             link.send(JobDone(result=result))
     except ParentGoneError:
@@ -107,7 +117,12 @@ def _source_of(start: StartJob, open_stream: Callable[[StreamSpec], FrameSource]
 
 
 def _work(
-    start: StartJob, device: Device, link: Link, source: FrameSource | None, started: float
+    start: StartJob,
+    device: Device,
+    link: Link,
+    source: FrameSource | None,
+    started: float,
+    feed_with: FeedWith,
 ) -> LabelResult | TrialResult | RetrainResult | CanaryResult | None:
     job, store = start.job, Path(start.store)
     # Golden errors differ between streams, and stay the same when a frame is labelled again.
@@ -119,7 +134,7 @@ def _work(
     if isinstance(job, RetrainJob):
         return retrain(job, store, device, link, ready, lambda epoch: link.send(EpochDone(epoch=epoch)))
     if isinstance(job, InferenceJob):
-        feed = open_feed(job, source, store, start.origin_s)
+        feed = feed_with(job, source, store, start.origin_s)
         try:
             StreamServer(job, feed, store, device, link, start.standby).run(started, start.stats_interval_s)
         finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import statistics
 import time
@@ -179,6 +180,11 @@ class StreamServer:
         self._stats = _Stats(now)
 
 
+def percentile(values: list[float], fraction: float) -> float:
+    """The smallest value that at least ``fraction`` of all do not exceed; 0 of none."""
+    return sorted(values)[max(0, math.ceil(fraction * len(values)) - 1)] if values else 0.0
+
+
 class _Stats:
     """Counts since the last report."""
 
@@ -214,6 +220,7 @@ class _Stats:
             accuracy_sum=self.accuracy_sum,
             num_scored=self.num_scored,
             latency_ms_p50=statistics.median(self.latencies_ms) if self.latencies_ms else 0.0,
+            latency_ms_p99=percentile(self.latencies_ms, 0.99),
             model_version=version,
             inference_id=config_id,
             conditions=conditions,

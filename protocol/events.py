@@ -110,6 +110,7 @@ class StreamAccuracy(Event, frozen=True, kw_only=True, tag="stream_accuracy"):
     model_version: int
     inference_id: str
     conditions: str = ""
+    latency_ms_p99: float = 0.0
 
 
 class JobShare(Event, frozen=True, kw_only=True, tag="job_share"):

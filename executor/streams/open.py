@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from executor.streams.city import City
+from executor.streams.dataset import Dataset
 from executor.streams.frames import FrameSource
 from executor.streams.recorded import Recorded
 from protocol.errors import InputError
-from protocol.schema import CitySource, RecordedSource, StreamSpec
+from protocol.schema import CitySource, DatasetSource, RecordedSource, StreamSpec
 
 
 def open_source(spec: StreamSpec) -> FrameSource:
@@ -18,6 +19,8 @@ def open_source(spec: StreamSpec) -> FrameSource:
             return City(spec.source, spec.classes, spec.fps)
         if isinstance(spec.source, RecordedSource):
             return Recorded(spec.source, spec.classes, spec.fps)
-        raise InputError(f"source: a {type(spec.source).__name__} has no frames by number")
+        if isinstance(spec.source, DatasetSource):
+            return Dataset(spec.source, spec.classes, spec.fps)
+        raise InputError("source: a live stream has no frames by number before they come")
     except InputError as error:
         raise InputError(f"stream {spec.stream_id}: {error}") from error

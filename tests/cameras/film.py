@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 
 import av
@@ -17,6 +18,7 @@ _BITS = 16
 _ROWS = 16
 
 
+@lru_cache(maxsize=32)
 def city(seed: int, size: tuple[int, int], fps: float) -> City:
     """The truth of a film."""
     source = CitySource(seed=seed, width=size[0], height=size[1], num_objects=8, drift_period_s=0.0)

@@ -55,6 +55,23 @@ class NetworkCamera:
                 each.close()
         self._clients.clear()
 
+    def hurt(self, how: str) -> None:
+        """Do what goes wrong with cameras: "kill", "freeze", "noise" (a little) or "garbage"."""
+        if how == "kill":
+            self.kill()
+        self.frozen = how == "freeze"
+        self.noise = {"noise": 0.002, "garbage": 1.0}.get(how, 0.0)
+
+    def mend(self) -> None:
+        """Be well again."""
+        self.frozen, self.noise = False, 0.0
+        if self._server is None:
+            self.start()
+
+    def close(self) -> None:
+        """End it."""
+        self.kill()
+
     def _accept(self, server: socket.socket) -> None:
         while True:
             try:

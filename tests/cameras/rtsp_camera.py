@@ -66,6 +66,25 @@ class RtspCamera:
             self._process.stdin.write(command + "\n")
             self._process.stdin.flush()
 
+    def hurt(self, how: str) -> None:
+        """Do what goes wrong with cameras: "kill", "freeze", "noise" (a little) or "garbage"."""
+        if how == "kill":
+            self.kill()
+        else:
+            self.tell({"freeze": "freeze", "noise": "noise 0.002", "garbage": "noise 1"}[how])
+
+    def mend(self) -> None:
+        """Be well again."""
+        if self._process is None:
+            self.start()
+        else:
+            self.tell("thaw")
+            self.tell("noise 0")
+
+    def close(self) -> None:
+        """End it."""
+        self.kill()
+
     @property
     def alive(self) -> bool:
         """The server runs."""

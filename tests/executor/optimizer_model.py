@@ -97,6 +97,7 @@ class OptimizerModel:
         self.term = term
         self.silence_s = silence_s
         self.store = "/nowhere"
+        self.telemetry = "tcp://127.0.0.1:9"
         self.peer = b""
         self.welcomes = True
         self.acknowledges = True
@@ -117,7 +118,7 @@ class OptimizerModel:
                         term=self.term,
                         site="test",
                         store=self.store,
-                        telemetry_address="tcp://127.0.0.1:9",
+                        telemetry_address=self.telemetry,
                         heartbeat_s=0.1,
                         silence_s=self.silence_s,
                     )
