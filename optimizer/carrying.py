@@ -88,6 +88,8 @@ class Carrier:
 
     def _set_retraining(self, stream: StreamState, wish: Retraining | None, planned: bool, now: float) -> None:
         running = stream.running
+        if running is not None and running.stopped_s is not None:
+            return  # it is handing in what it has
         if wish is None:
             if running is not None and not planned:
                 stream.running = None

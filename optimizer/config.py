@@ -91,6 +91,21 @@ class GateConfig(Record, frozen=True, kw_only=True):
     always_promote: bool = False
 
 
+class CorrectionConfig(Record, frozen=True, kw_only=True):
+    """What is done when the epochs of a running retraining tell another story than its estimate.
+
+    ``stop``: stop it when, ``sigmas`` standard errors of the held-out split allowed for, it will make the model worse,
+    or when it has levelled off; not before ``min_epochs``. The planner is told of accuracies that differ by more than
+    ``tell_accuracy`` and of costs that differ by more than the part ``tell_seconds``.
+    """
+
+    stop: bool = True
+    min_epochs: PositiveInt = 3
+    sigmas: Annotated[float, msgspec.Meta(ge=0.0, le=10.0)] = 1.0
+    tell_accuracy: Fraction = 0.08
+    tell_seconds: Annotated[float, msgspec.Meta(gt=0.0)] = 0.2
+
+
 class SiteConfig(Record, frozen=True, kw_only=True):
     """A site: its streams, the configurations to choose from, and how its windows are planned.
 
@@ -122,6 +137,7 @@ class SiteConfig(Record, frozen=True, kw_only=True):
     bootstrap: BootstrapConfig = BootstrapConfig()
     profiling: ProfilingConfig = ProfilingConfig()
     gate: GateConfig = GateConfig()
+    correction: CorrectionConfig = CorrectionConfig()
 
 
 def load_site(path: Path) -> SiteConfig:

@@ -19,6 +19,7 @@ from optimizer.asking import WINDOW_PHASES, Asker
 from optimizer.carrying import Carrier
 from optimizer.closing import Closer
 from optimizer.config import SiteConfig
+from optimizer.correcting import Corrector
 from optimizer.degrading import notice_conditions
 from optimizer.dispatching import Dispatcher
 from optimizer.emitter import Emitter
@@ -32,6 +33,7 @@ from optimizer.ports import (
     Measured,
     Output,
     ProfilerPort,
+    Progressed,
     Received,
     Solved,
     Tick,
@@ -71,6 +73,7 @@ class Coordinator:
         self._asker = Asker(site, state, self.executors, self._emit)
         self._carrier = Carrier(state, self._specs, self.executors)
         self._watcher = Watcher(site, state, self._specs, self.executors, profiler, self._emit, self._asker.want)
+        self._corrector = Corrector(site.correction, state, self.executors, self._emit, self._asker.want, self._settle)
         self._closer = Closer(self._specs, profiler, self._emit)
         self._dispatcher = Dispatcher(state, self._specs, self.executors, self._emit)
         self._over = False
@@ -99,6 +102,8 @@ class Coordinator:
                 self._closer.measured(measured)
                 self._profiler.measured(measured)
                 return self._measured_latency(measured)
+            case Progressed(event=progress):
+                self._corrector.progressed(progress, now)
             case Tick():
                 pass
         for reason in notice_conditions(self.state, self.executors, now):
@@ -110,6 +115,7 @@ class Coordinator:
         if not self._adopting and not self._over:
             if self.state.phase in WINDOW_PHASES:
                 self._watcher.advance(now)
+                self._corrector.advance(now)
             self._asker.ask_if_wanted(now)
             if self.state.phase != "finished":
                 self._carrier.follow(now)

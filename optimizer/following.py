@@ -80,7 +80,7 @@ def desired_jobs(state: SiteState, specs: dict[str, StreamSpec], executors: Iter
             serve(stream, stream.serving_executor, stream.serving_config, stream.serving_share)
         if stream.leaving:
             serve(stream, stream.leaving.executor_id, stream.leaving.config, stream.leaving.share)
-        if stream.running and stream.running.executor_id in jobs:
+        if stream.running and stream.running.stopped_s is None and stream.running.executor_id in jobs:
             jobs[stream.running.executor_id].append(
                 msgspec.structs.replace(stream.running.job, share=stream.running.share)
             )

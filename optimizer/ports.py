@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from protocol.events import StreamAccuracy, TelemetryEvent
+from protocol.events import RetrainProgress, StreamAccuracy, TelemetryEvent
 from protocol.messages import Down, Hello, Up
 from protocol.plan import Plan, Problem, StreamProfile
 from protocol.schema import (
@@ -55,11 +55,17 @@ class Measured(Record, frozen=True, kw_only=True):
     event: StreamAccuracy
 
 
+class Progressed(Record, frozen=True, kw_only=True):
+    """An epoch of a retraining ended, as telemetry tells."""
+
+    event: RetrainProgress
+
+
 class Tick(Record, frozen=True, kw_only=True):
     """Time has passed."""
 
 
-Input = ExecutorJoined | ExecutorGone | Received | Solved | Measured | Tick
+Input = ExecutorJoined | ExecutorGone | Received | Solved | Measured | Progressed | Tick
 
 # ---------------------------------------------------------------- out
 

@@ -33,7 +33,7 @@ def work_done(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
 
 def work_left(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
     """GPU-seconds that are still ahead of a running retraining, never less than a twentieth of all."""
-    expected_s = max(running.work_s, running.late_work_s)
+    expected_s = running.late_work_s or running.work_s
     return max(expected_s - work_done(running, gpu, now), expected_s * _LEAST_LEFT)
 
 
@@ -45,7 +45,7 @@ def notice_late(state: SiteState, executors: Mapping[str, ExecutorState], now: f
         if running is None or running.executor_id not in executors:
             continue
         done_s = work_done(running, executors[running.executor_id].gpu, now)
-        expected_s = max(running.work_s, running.late_work_s)
+        expected_s = running.late_work_s or running.work_s
         if done_s > expected_s * (1.0 + _LATE_PART) + _LATE_S:
             running.late_work_s = done_s * _LATE_FACTOR
             reasons.append(f"retraining of {stream.stream_id} is late")

@@ -25,6 +25,7 @@ from optimizer.ports import (
     Measured,
     Output,
     ProfilerPort,
+    Progressed,
     Publish,
     Received,
     Save,
@@ -37,7 +38,7 @@ from optimizer.recorder import RunFolder
 from optimizer.state import SiteState, StreamState
 from protocol import messages as m
 from protocol.errors import PlanError, ProtocolError
-from protocol.events import StreamAccuracy, TelemetryEvent
+from protocol.events import RetrainProgress, StreamAccuracy, TelemetryEvent
 from protocol.liveness import Liveness
 from protocol.logs import line
 from protocol.plan import Plan
@@ -230,6 +231,8 @@ class Service:
         self._folder.record(event)
         if isinstance(event, StreamAccuracy):
             self._waiting.append(Measured(event=event))
+        elif isinstance(event, RetrainProgress):
+            self._waiting.append(Progressed(event=event))
         if self._on_event is not None:
             self._on_event(event)
 

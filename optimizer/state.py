@@ -11,7 +11,15 @@ import msgspec
 
 from protocol.messages import CanaryJob, LabelJob, RetrainJob, TrialJob, WorkerStatus
 from protocol.plan import Plan, PlanVersion, StreamProfile
-from protocol.schema import CheckpointRef, DatasetRef, GpuSpec, InferenceConfig, PairedCounts, RetrainConfig
+from protocol.schema import (
+    CheckpointRef,
+    DatasetRef,
+    EpochResult,
+    GpuSpec,
+    InferenceConfig,
+    PairedCounts,
+    RetrainConfig,
+)
 
 Phase = Literal["gathering", "bootstrap", "starting", "profiling", "planning", "executing", "finished"]
 Stage = Literal["label", "train", "trial", "done"]
@@ -37,7 +45,8 @@ class ExecutorState(msgspec.Struct, kw_only=True):
 class RunningRetrain(msgspec.Struct, kw_only=True):
     """A retraining that was started. ``work_s``: GPU-seconds expected when it started; ``done_s`` of them
     were done by ``since_s`` (site clock), from when on it runs at ``share``; ``started_s``: when it was commanded.
-    ``late_work_s``: what is expected in all since it turned out to take longer, 0 until then."""
+    ``late_work_s``: what is expected in all since it turned out to take longer or less, 0 until then. ``epochs``: those
+    that were heard of. ``stopped_s``: when it was told to hand in what it has."""
 
     job: RetrainJob
     executor_id: str
@@ -49,6 +58,8 @@ class RunningRetrain(msgspec.Struct, kw_only=True):
     accuracy_predicted: float
     started_s: float | None = None
     late_work_s: float = 0.0
+    epochs: tuple[EpochResult, ...] = ()
+    stopped_s: float | None = None
 
 
 class Canary(msgspec.Struct, kw_only=True):

@@ -162,6 +162,21 @@ class RetrainFinished(Event, frozen=True, kw_only=True, tag="retrain_finished"):
     reason: str
 
 
+class RetrainCorrected(Event, frozen=True, kw_only=True, tag="retrain_corrected"):
+    """The epochs of a running retraining tell another story than its estimate. Seconds are GPU-seconds in all."""
+
+    stream_id: Name
+    window: int
+    retrain_id: str
+    action: Literal["told", "stopped"]
+    epoch: int
+    accuracy_after: Fraction
+    accuracy_predicted: float
+    gpu_seconds: Seconds
+    gpu_seconds_predicted: Seconds
+    reason: str
+
+
 class GateDecided(Event, frozen=True, kw_only=True, tag="gate_decided"):
     """What became of a retrained model at one of its tests, with the evidence.
 
@@ -248,6 +263,7 @@ TelemetryEvent = (
     | WorkerChanged
     | RetrainProgress
     | RetrainFinished
+    | RetrainCorrected
     | GateDecided
     | LabelsCollected
     | ProfileEstimated

@@ -27,6 +27,7 @@ from protocol.events import (
     LabelsCollected,
     Notice,
     ProfileEstimated,
+    RetrainCorrected,
     RetrainFinished,
     RetrainProgress,
     StreamAccuracy,
@@ -60,6 +61,7 @@ def _subject(event: TelemetryEvent) -> str:
             | WorkerChanged()
             | RetrainProgress()
             | RetrainFinished()
+            | RetrainCorrected()
             | GateDecided()
             | LabelsCollected()
             | ProfileEstimated()
