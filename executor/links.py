@@ -9,6 +9,7 @@ from typing import Literal
 
 from protocol.messages import Job
 from protocol.schema import (
+    Bytes,
     CanaryResult,
     CheckpointRef,
     EpochResult,
@@ -114,6 +115,7 @@ class StreamStats(Record, frozen=True, kw_only=True, tag="stream_stats"):
     inference_id: str
     conditions: str = ""
     latency_ms_p99: float = 0.0
+    memory_bytes: Bytes = 0
 
 
 class StreamChanged(Record, frozen=True, kw_only=True, tag="stream_changed"):

@@ -45,4 +45,5 @@ def accuracy_event(job: Job, stats: StreamStats, window: int) -> StreamAccuracy:
         model_version=stats.model_version,
         inference_id=stats.inference_id,
         conditions=stats.conditions,
+        memory_bytes=stats.memory_bytes,
     )

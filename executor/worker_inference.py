@@ -176,7 +176,8 @@ class StreamServer:
         now = time.monotonic()
         if self._stats.num_frames:
             config_id = self._engine.config.config_id
-            self._link.send(self._stats.report(now, self._version, config_id, self._conditions))
+            memory_bytes = self._device.peak_memory_bytes()
+            self._link.send(self._stats.report(now, self._version, config_id, self._conditions, memory_bytes))
         self._stats = _Stats(now)
 
 
@@ -210,7 +211,7 @@ class _Stats:
             self.num_analysed += 1
             self.latencies_ms.append(latency_ms)
 
-    def report(self, now: float, version: int, config_id: str, conditions: str) -> StreamStats:
+    def report(self, now: float, version: int, config_id: str, conditions: str, memory_bytes: int) -> StreamStats:
         return StreamStats(
             interval_s=now - self.since,
             num_frames=self.num_frames,
@@ -224,4 +225,5 @@ class _Stats:
             model_version=version,
             inference_id=config_id,
             conditions=conditions,
+            memory_bytes=memory_bytes,
         )

@@ -1,6 +1,8 @@
 """Retraining cost: GPU-seconds of a configuration from the busy seconds of short trials.
 
-Model:  c = startup + epochs * (seconds_per_sample * data_fraction * num_train + validation_s)
+Model:  c = startup + n * prepare_s_per_sample + epochs * (n * seconds_per_sample + validation_s)
+
+with n = data_fraction * num_train samples; what is prepared is worked out once per sample.
 
 A retraining's cost is linear in epochs and samples (NSDI 2022 section 4.3 scales a trial's seconds the same way).
 Configurations that differ only in epochs and data fraction share seconds_per_sample.
@@ -41,16 +43,20 @@ class CostModel(Record, frozen=True, kw_only=True):
     startup_s: float
     seconds_per_sample: float
     validation_s: float
+    prepare_s_per_sample: float = 0.0
 
     def gpu_seconds(self, config: RetrainConfig, num_train: int) -> float:
         """Expected GPU-seconds of a retraining on ``num_train`` samples; always positive."""
-        per_epoch = self.seconds_per_sample * config.data_fraction * num_train + self.validation_s
-        return max(self.startup_s + config.epochs * per_epoch, MIN_GPU_SECONDS)
+        num_samples = config.data_fraction * num_train
+        per_epoch = self.seconds_per_sample * num_samples + self.validation_s
+        once_s = self.startup_s + self.prepare_s_per_sample * num_samples
+        return max(once_s + config.epochs * per_epoch, MIN_GPU_SECONDS)
 
     def trial_seconds(self, num_samples: int, num_epochs: int) -> float:
         """Expected GPU-seconds of a trial on ``num_samples`` samples, the validation before it included."""
         per_epoch = self.seconds_per_sample * num_samples + self.validation_s
-        return self.startup_s + self.validation_s + num_epochs * per_epoch
+        once_s = self.startup_s + self.validation_s + self.prepare_s_per_sample * num_samples
+        return once_s + num_epochs * per_epoch
 
 
 def cost_model(trial: RetrainTrial) -> CostModel | None:
@@ -73,6 +79,7 @@ def cost_model(trial: RetrainTrial) -> CostModel | None:
         startup_s=trial.startup_s,
         seconds_per_sample=(epoch_s - validation_s) / num_samples,
         validation_s=validation_s,
+        prepare_s_per_sample=trial.prepare_s / trial.num_samples,
     )
 
 
@@ -84,7 +91,8 @@ def neighbour_cost(key: GroupKey, measured: Mapping[GroupKey, CostModel]) -> Cos
     if not measured:
         return None
     fractions = np.array([k[1] for k in measured])
-    seconds = np.array([m.seconds_per_sample for m in measured.values()])
+    # Preparing a sample is one forward pass through frozen layers, which another group pays in every epoch.
+    seconds = np.array([m.seconds_per_sample + m.prepare_s_per_sample for m in measured.values()])
     if float(np.ptp(fractions)) > 1e-9:
         slope, base = np.polyfit(fractions, seconds, 1)
         predicted = float(base + slope * key[1])

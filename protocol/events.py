@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal
 
 from protocol.schema import (
+    Bytes,
     EpochResult,
     Fraction,
     InferenceConfig,
@@ -94,7 +95,7 @@ class PlannedStream(Record, frozen=True, kw_only=True):
 
 class StreamAccuracy(Event, frozen=True, kw_only=True, tag="stream_accuracy"):
     """Counts since the last such event of the stream (about one a second). Accuracy is num_correct / num_objects
-    averaged over frames; None when no object was seen. ``drift_level``: 0..1, known for city streams only."""
+    averaged over frames; None when no object was seen. ``memory_bytes``: most that the worker has held so far."""
 
     stream_id: Name
     window: int
@@ -111,6 +112,7 @@ class StreamAccuracy(Event, frozen=True, kw_only=True, tag="stream_accuracy"):
     inference_id: str
     conditions: str = ""
     latency_ms_p99: float = 0.0
+    memory_bytes: Bytes = 0
 
 
 class JobShare(Event, frozen=True, kw_only=True, tag="job_share"):

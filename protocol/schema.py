@@ -316,7 +316,10 @@ class EpochResult(Record, frozen=True, kw_only=True):
 
 
 class RetrainTrial(Record, frozen=True, kw_only=True):
-    """One micro-profiling trial: few epochs on a part of the data. ``num_samples`` is per epoch."""
+    """One micro-profiling trial: few epochs on a part of the data. ``num_samples`` is per epoch.
+
+    ``prepare_s``: busy seconds that were spent once on the ``num_samples``, before the first epoch; it grows with them.
+    """
 
     config: RetrainConfig
     num_samples: int
@@ -324,6 +327,7 @@ class RetrainTrial(Record, frozen=True, kw_only=True):
     startup_s: Seconds
     epochs: tuple[EpochResult, ...]
     memory_bytes: Bytes = 0
+    prepare_s: Seconds = 0.0
 
 
 class InferenceTrial(Record, frozen=True, kw_only=True):

@@ -17,7 +17,7 @@ from executor.learning.models import Student, named_spec
 from executor.learning.pairing import per_road_user
 from executor.learning.stepping import Stepper
 from executor.learning.task import Task
-from executor.learning.training import CropTrainer, Trainer
+from executor.learning.training import Trainer, crop_trainer
 from executor.streams.frames import Frame
 from executor.streams.resize import cut_out
 from protocol.schema import RetrainConfig, StreamSpec, StudentSpec
@@ -50,7 +50,7 @@ class Classification(Task[CropSet]):
         return training.subset(examples, size, seed)
 
     def trainer(self, student: Student, config: RetrainConfig, examples: CropSet, device: Device, seed: int) -> Trainer:
-        return CropTrainer(student, config, examples, device, seed)
+        return crop_trainer(student, config, examples, device, seed)
 
     def evaluate(
         self, student: Student, examples: CropSet, device: Device, stepper: Stepper | None = None

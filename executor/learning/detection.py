@@ -65,13 +65,23 @@ class Detection(Task[FrameSet]):
         loss = 0.0
         for start, found, batch_loss in _batches(_detector(student), examples, device, stepper):
             loss += batch_loss * len(found)
-            scores += _scores(examples, start, found)
+            scores += [score for score in _scores(examples, start, found) if score is not None]
         return float(np.mean(scores)) if scores else 0.0, loss / len(examples)
 
     def serving_accuracy(
         self, student: Student, examples: FrameSet, device: Device, stepper: Stepper | None = None
     ) -> float:
         return self.evaluate(student, examples, device, stepper)[0]
+
+    def points(
+        self, student: Student, examples: FrameSet, device: Device, stepper: Stepper | None = None
+    ) -> NDArray[np.float64]:
+        """F1 per frame, 0 for those that are not scored: what a frame has to say, it says of both models."""
+        points = np.zeros(len(examples), np.float64)
+        for start, found, _ in _batches(_detector(student), examples, device, stepper):
+            for number, score in enumerate(_scores(examples, start, found), start):
+                points[number] = score or 0.0
+        return points
 
     def analyser(self, student: Student, device: Device, version: int) -> FrameDetector:
         return FrameDetector(_detector(student), device, version)
@@ -118,6 +128,9 @@ class FrameTrainer(Trainer):
         rarity = np.ones(len(frames))
         np.maximum.at(rarity, frames.owner, np.sqrt(counts.max(initial=1) / counts[frames.labels]))
         super().__init__(student, config, np.minimum(rarity, 3.0), edges, _DIVERGED_LOSS, device, seed)
+
+    def evaluate(self, examples: FrameSet, stepper: Stepper | None = None) -> tuple[float, float]:
+        return Detection().evaluate(self.average, examples, self._device, stepper)
 
     def group_loss(self, group: Tensor, edge: int) -> Tensor:
         x = _planes(self._frames[group])
@@ -172,11 +185,6 @@ def _batches(
             stepper.step()  # a stop takes effect after the validation, or its epoch would be lost
 
 
-def _scores(examples: FrameSet, start: int, found: list[Objects]) -> list[float]:
-    scores = []
-    for number, each in enumerate(found, start):
-        true = examples.objects(number)
-        score = frame_f1(each, true.boxes, true.labels)
-        if score is not None:
-            scores.append(score)
-    return scores
+def _scores(examples: FrameSet, start: int, found: list[Objects]) -> list[float | None]:
+    true = [examples.objects(number) for number in range(start, start + len(found))]
+    return [frame_f1(each, truth.boxes, truth.labels) for each, truth in zip(found, true, strict=True)]

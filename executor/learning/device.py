@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import resource
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -40,10 +42,22 @@ class Device:
         """Tell the CUDA clock that the process did nothing for ``seconds``."""
         self._idle_s += seconds
 
-    def peak_memory_bytes(self) -> int:
-        """Most memory this process has held: of the device on CUDA, resident host memory otherwise."""
+    def forget_peak(self) -> None:
+        """Let :meth:`peak_memory_bytes` speak of what comes now; where the kernel forbids it, of all so far."""
         if self.is_cuda:
-            return int(torch.cuda.max_memory_allocated(self.torch_device))
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.torch_device)
+            return
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+    def peak_memory_bytes(self) -> int:
+        """Most memory this process has held since :meth:`forget_peak`, shared pages included.
+
+        On CUDA what torch has taken from the device, without the context; resident host memory otherwise.
+        """
+        if self.is_cuda:
+            return int(torch.cuda.max_memory_reserved(self.torch_device))
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

@@ -66,17 +66,19 @@ class Retraining:
         self._best = -1
         self._best_state: dict[str, torch.Tensor] = {}
         start = stepper.busy_s()
-        self._record(0, before, start)
+        self._record(0, task.evaluate(before, self._validation, device, stepper), start)
         # A new student has nothing to be compared with.
         self._points_before = None if serving is None else task.points(before, self._validation, device, stepper)
 
     def run(self) -> str:
         """Train all epochs, or until a stop is requested. Returns why it ended early ("" when it did not)."""
+        if self._trainer.remember(self._validation, self._stepper) or self._trainer.prepare(self._stepper):
+            return f"stopped before epoch 1 of {self._job.config.epochs}"
         for epoch in range(1, self._job.config.epochs + 1):
             start = self._stepper.busy_s()
             if self._trainer.epoch(self._stepper):
                 return f"stopped in epoch {epoch} of {self._job.config.epochs}"
-            self._record(epoch, self.student, start)
+            self._record(epoch, self._trainer.evaluate(self._validation, self._stepper), start)
             if self._best < 1 or self.epochs[-1].accuracy > self.epochs[self._best].accuracy:
                 self._best = epoch
                 self._best_state = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
@@ -102,8 +104,8 @@ class Retraining:
         points = self._task.points(self.student, self._validation, self._device, self._stepper)
         return paired_counts(points, self._points_before)
 
-    def _record(self, epoch: int, student: Student, start_busy_s: float) -> None:
-        accuracy, loss = self._task.evaluate(student, self._validation, self._device, self._stepper)
+    def _record(self, epoch: int, measured: tuple[float, float], start_busy_s: float) -> None:
+        accuracy, loss = measured
         result = EpochResult(
             epoch=epoch, accuracy=accuracy, loss=_finite(loss), busy_s=max(0.0, self._stepper.busy_s() - start_busy_s)
         )

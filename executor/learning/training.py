@@ -14,6 +14,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from executor.learning.datasets import CropSet, frame_mean
 from executor.learning.device import Device
-from executor.learning.models import Student, build_student, replace_head, set_trainable
+from executor.learning.models import Classifier, Student, build_student, replace_head, set_trainable
 from executor.learning.stepping import Stepper
 from protocol.schema import RetrainConfig, StudentSpec
 
@@ -137,6 +138,18 @@ class Trainer(ABC):
         self._diverged_loss = diverged_loss
 
     @abstractmethod
+    def evaluate(self, examples: Any, stepper: Stepper | None = None) -> tuple[float, float]:
+        """(accuracy, loss) of ``average`` on ``examples``, as the task measures them."""
+
+    def remember(self, validation: Any, stepper: Stepper) -> bool:
+        """What has to be worked out once of what every epoch is measured on. True: a stop was requested."""
+        return False
+
+    def prepare(self, stepper: Stepper) -> bool:
+        """What has to be worked out once of the training examples. True: a stop was requested before its end."""
+        return False
+
+    @abstractmethod
     def group_loss(self, group: Tensor, edge: int) -> Tensor:
         """Mean loss of the examples with these indices, looked at with ``edge``; a scalar."""
 
@@ -199,6 +212,9 @@ class CropTrainer(Trainer):
         diverged_loss = _DIVERGED_LOSS * math.log(max(2, student.num_classes))
         super().__init__(student, config, 1.0 / np.sqrt(counts[crops.labels]), edges, diverged_loss, device, seed)
 
+    def evaluate(self, examples: CropSet, stepper: Stepper | None = None) -> tuple[float, float]:
+        return evaluate(self.average, examples, self._device, stepper)
+
     def group_loss(self, group: Tensor, edge: int) -> Tensor:
         logits = self._student(self._augmented(self._crops[group], edge))
         return nn.functional.cross_entropy(logits, self._labels[group])
@@ -212,6 +228,73 @@ class CropTrainer(Trainer):
         if self.mirrored():
             x = x.flip(3)
         return x.permute(0, 2, 3, 1)
+
+
+class HeadTrainer(CropTrainer):
+    """Trains the head alone: what the frozen blocks make of a crop is worked out once and kept.
+
+    Every crop is looked at with one edge, in one brightness and one mirroring, drawn once; over many crops all of them
+    are seen. That is what a head needs, which has few weights, and an epoch costs next to nothing.
+    """
+
+    def __init__(self, student: Student, config: RetrainConfig, crops: CropSet, device: Device, seed: int) -> None:
+        super().__init__(student, config, crops, device, seed)
+        self._features = torch.zeros(0)
+        self._known: tuple[CropSet, Tensor] | None = None
+        self._looks = self._edges
+        self._edges = self._edges[:1]  # batches are not cut into groups: there is nothing left to scale
+
+    def prepare(self, stepper: Stepper) -> bool:
+        self._student.eval()
+        order = torch.from_numpy(self._draw.permutation(len(self._crops)))
+        found = torch.zeros(len(order), self._classifier.feature_width, device=self._device.torch_device)
+        for part, edge in zip(torch.tensor_split(order, len(self._looks)), self._looks, strict=True):
+            for group in torch.split(part.to(self._device.torch_device), _VALIDATION_BATCH):
+                with torch.no_grad():
+                    found[group] = self._classifier.features(self._augmented(self._crops[group], edge))
+                if stepper.step():
+                    return True
+        self._features = found
+        return False
+
+    def remember(self, validation: CropSet, stepper: Stepper) -> bool:
+        parts = []
+        self._student.eval()
+        for start in range(0, len(validation), _VALIDATION_BATCH):
+            batch = torch.from_numpy(validation.crops[start : start + _VALIDATION_BATCH])
+            with torch.inference_mode():
+                parts.append(self._classifier.features(batch.to(self._device.torch_device)))
+            if stepper.step():
+                return True
+        self._known = (validation, torch.cat(parts)) if parts else None
+        return False
+
+    def evaluate(self, examples: CropSet, stepper: Stepper | None = None) -> tuple[float, float]:
+        if self._known is None or self._known[0] is not examples:
+            return super().evaluate(examples, stepper)
+        with torch.inference_mode():
+            logits = self.average.head(self._known[1])
+            labels = torch.from_numpy(examples.labels).to(self._device.torch_device)
+            loss = float(nn.functional.cross_entropy(logits, labels))
+            return float((logits.argmax(1) == labels).float().mean()), loss
+
+    def group_loss(self, group: Tensor, edge: int) -> Tensor:
+        del edge
+        if len(self._features) == 0:
+            raise RuntimeError("prepare() comes before the first epoch")
+        return nn.functional.cross_entropy(self._student.head(self._features[group]), self._labels[group])
+
+    @property
+    def _classifier(self) -> Classifier:
+        assert isinstance(self._student, Classifier)
+        return self._student
+
+
+def crop_trainer(student: Student, config: RetrainConfig, crops: CropSet, device: Device, seed: int) -> CropTrainer:
+    """What trains this student: with every block frozen there is a much cheaper way."""
+    frozen = not any(parameter.requires_grad for parameter in student.blocks.parameters())
+    kind = HeadTrainer if frozen and isinstance(student, Classifier) else CropTrainer
+    return kind(student, config, crops, device, seed)
 
 
 def _moving(average: Student, student: Student) -> list[tuple[Tensor, Tensor]]:

@@ -58,7 +58,8 @@ def run_trials(
     load_busy_s = stepper.busy_s() - start_busy_s
     if len(crops.train) < 2 or len(crops.validation) < 1:
         raise InputError(f"data set {job.dataset.path}: too few examples to profile with; raise label_fps")
-    baseline = _epoch(task, 0, serving, crops.validation, device, stepper, stepper.busy_s())
+    start_busy_s = stepper.busy_s()
+    baseline = _epoch(0, task.evaluate(serving, crops.validation, device, stepper), stepper, start_busy_s)
     # What serving will be worth is a mean over frames; labels that the model was trained on say nothing about it.
     unseen = crops.take(~crops.is_exemplar) if job.unseen else crops.validation
     accuracy_now = task.serving_accuracy(serving, unseen, device, stepper)
@@ -96,39 +97,40 @@ def _retrain_trial(
     stepper: Stepper,
     seed: int,
 ) -> RetrainTrial:
+    device.forget_peak()
     start, task = stepper.busy_s(), task_of(job.stream)
     total = max(2, round(config.data_fraction * len(crops.train)))
     wanted = max(_MIN_TRIAL_EXAMPLES, round(job.data_share * len(crops.train)))
     part = task.subset(crops.train, min(total, wanted), seed)
     student = task.student_for(config, serving, job.stream, device, seed)
     trainer = task.trainer(student, config, part, device, seed)
+    validation = crops.validation
+    if trainer.remember(validation, stepper):
+        raise _StoppedError
     startup_s = load_busy_s + stepper.busy_s() - start
+    start = stepper.busy_s()
+    if trainer.prepare(stepper):
+        raise _StoppedError
+    prepare_s = max(0.0, stepper.busy_s() - start)
     epochs = [baseline]
     for epoch in range(1, job.num_epochs + 1):
         start = stepper.busy_s()
         if trainer.epoch(stepper):
             raise _StoppedError
-        epochs.append(_epoch(task, epoch, trainer.average, crops.validation, device, stepper, start))
+        epochs.append(_epoch(epoch, trainer.evaluate(validation, stepper), stepper, start))
     return RetrainTrial(
         config=config,
         num_samples=len(part),
         total_samples=total,
         startup_s=startup_s,
+        prepare_s=prepare_s,
         epochs=tuple(epochs),
         memory_bytes=device.peak_memory_bytes(),
     )
 
 
-def _epoch(
-    task: Task[Any],
-    epoch: int,
-    student: Student,
-    validation: Examples,
-    device: Device,
-    stepper: Stepper,
-    start_busy_s: float,
-) -> EpochResult:
-    accuracy, loss = task.evaluate(student, validation, device, stepper)
+def _epoch(epoch: int, measured: tuple[float, float], stepper: Stepper, start_busy_s: float) -> EpochResult:
+    accuracy, loss = measured
     busy_s = max(0.0, stepper.busy_s() - start_busy_s)
     return EpochResult(epoch=epoch, accuracy=accuracy, loss=loss if np.isfinite(loss) else 1e9, busy_s=busy_s)
 
@@ -163,12 +165,14 @@ def _inference_trials(
     if not frames:
         return []
     fetch_s = max(0.0, stepper.busy_s() - start_busy_s - golden_busy_s) / len(frames)
+    del golden  # which would count as memory that serving needs
     analyser = task.analyser(serving, device, job.checkpoint.version)
     if stepper.step():
         raise _StoppedError
     trials: dict[str, InferenceTrial] = {}
     for resolution_px in sorted({config.resolution_px for config in job.inference}):
         configs = [config for config in job.inference if config.resolution_px == resolution_px]
+        device.forget_peak()
         results, analyse_s = _analysed(analyser, frames, configs, device, stepper)
         for config in configs:
             trials[config.config_id] = _judged(

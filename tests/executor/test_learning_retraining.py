@@ -12,7 +12,8 @@ from executor.learning import checkpoints, datasets, labeling
 from executor.learning.device import Device
 from executor.learning.retraining import clearly_worse, retrain
 from executor.learning.stepping import FreeStepper
-from executor.learning.training import DivergedError, subset
+from executor.learning.task import task_of
+from executor.learning.training import CropTrainer, DivergedError, HeadTrainer, subset
 from executor.learning.trials import run_trials
 from protocol.errors import InputError
 from protocol.messages import LabelJob, RetrainJob, TrialJob
@@ -115,6 +116,45 @@ def test_head_only_training_leaves_the_backbone_as_it_was(
     assert new.head_width == 4
 
 
+def test_a_head_alone_is_trained_on_features_worked_out_once_with_the_same_result(
+    store: Path, dataset: DatasetRef, first: CheckpointRef
+) -> None:
+    crops = datasets.load(store, dataset, tiny_source.CLASSES)
+    validation = crops.validation
+    config = msgspec.structs.replace(FULL, epochs=12, trained_fraction=0.0, head_width=32, learning_rate=1e-2)
+    serving = checkpoints.load(store, first)[0]
+    task = task_of(STREAM)
+    accuracy, passes = {}, {}
+    for kind in (CropTrainer, HeadTrainer):
+        student = task.student_for(config, serving, STREAM, CPU, seed=5)
+        trainer = kind(student, config, crops.train, CPU, 5)
+        looks: list[int] = []
+        for network in (student, trainer.average):
+            network.blocks.register_forward_hook(lambda _module, _inputs, out, looks=looks: looks.append(len(out)))
+        assert not trainer.remember(validation, FreeStepper())
+        assert not trainer.prepare(FreeStepper())
+        for _ in range(config.epochs):
+            trainer.epoch(FreeStepper())
+            accuracy[kind] = trainer.evaluate(validation)[0]
+        passes[kind] = sum(looks)
+        assert accuracy[kind] == pytest.approx(task.evaluate(trainer.average, validation, CPU)[0], abs=0.02)
+        assert accuracy[kind] > 0.8
+    assert accuracy[HeadTrainer] == pytest.approx(accuracy[CropTrainer], abs=0.06)
+    # The same number of crops went through the backbone in every epoch; now it is once.
+    assert passes[HeadTrainer] == pytest.approx(passes[CropTrainer] / config.epochs, rel=0.05)
+
+
+def test_a_stop_while_features_are_worked_out_leaves_no_checkpoint(
+    store: Path, dataset: DatasetRef, first: CheckpointRef
+) -> None:
+    config = msgspec.structs.replace(FULL, trained_fraction=0.0)
+    validation_steps = 2 * -(-dataset.num_validation // 64)
+    result, seen = run(store, dataset, first, config, FreeStepper(stop_after=validation_steps + 2))
+    assert result.checkpoint is None
+    assert "no epoch was completed" in result.reason
+    assert len(seen) == 1
+
+
 def test_a_stop_keeps_the_best_epoch_so_far(store: Path, dataset: DatasetRef) -> None:
     _, epochs = run(store, dataset, None, FULL)
     counter = FreeStepper()
@@ -200,11 +240,17 @@ def test_trials_measure_what_each_configuration_costs_and_is_worth(
     store: Path, dataset: DatasetRef, first: CheckpointRef
 ) -> None:
     few = msgspec.structs.replace(FULL, config_id="few", data_fraction=0.1)
-    job = trial_job(dataset, first, FULL, few, msgspec.structs.replace(FULL, config_id="nan", learning_rate=1e30))
+    head = msgspec.structs.replace(FULL, config_id="head", trained_fraction=0.0)
+    nan = msgspec.structs.replace(FULL, config_id="nan", learning_rate=1e30)
+    job = trial_job(dataset, first, FULL, few, head, nan)
     source = tiny_source.TinySource(STREAM)
     result = run_trials(job, source, store, CPU, FreeStepper(), 1, lambda: None)
     assert result.accuracy_now == checkpoints.load(store, first)[1].accuracy
-    assert [trial.config.config_id for trial in result.retrain] == ["full", "few"]  # the diverged one is left out
+    assert [trial.config.config_id for trial in result.retrain] == [
+        "full",
+        "few",
+        "head",
+    ]  # the diverged one is left out
     full = result.retrain[0]
     assert full.total_samples == dataset.num_train
     assert full.num_samples == pytest.approx(0.2 * dataset.num_train, abs=2)
@@ -213,6 +259,10 @@ def test_trials_measure_what_each_configuration_costs_and_is_worth(
     assert all(epoch.busy_s > 0 for epoch in full.epochs)
     assert result.retrain[1].total_samples == round(0.1 * dataset.num_train)
     assert result.retrain[1].num_samples <= result.retrain[1].total_samples + 2
+    assert full.prepare_s < 0.01 < result.retrain[2].prepare_s + 0.01
+    assert result.retrain[2].epochs[2].busy_s < full.epochs[2].busy_s
+    assert all(trial.memory_bytes > 0 for trial in result.retrain)
+    assert all(trial.memory_bytes > 0 for trial in result.inference)
     inference = {trial.config.config_id: trial for trial in result.inference}
     assert list(inference) == [config.config_id for config in job.inference]
     for px in (32, 8):
