@@ -148,6 +148,7 @@ class StreamServer:
             self._wanted = command.checkpoint
         elif isinstance(command, TakeOver):
             self._standby, self._from_s = False, command.at_s
+            self._feed.begin(command.at_s)
         elif isinstance(command, HandOver):
             self._until_s = command.at_s
         else:

@@ -52,6 +52,10 @@ class Feed(Protocol):
         """When a frame that was taken just now arrived."""
         ...
 
+    def begin(self, at_s: float) -> None:
+        """Frames that arrived before ``at_s`` are somebody else's: do not even look at them."""
+        ...
+
     def health(self, now: float) -> Health:
         """How the stream is."""
         ...
@@ -75,11 +79,14 @@ class ClockedFeed:
         self._waiting: deque[int] = deque()
         self._broken = ""
         self._num_failed = 0
+        self._from_s = float("-inf")
 
     def take(self, now: float) -> Taken:
         arrived = self._clock.arrived(now)
         self._waiting.extend(range(arrived.frames.start - arrived.num_skipped, arrived.frames.start))
         self._waiting.extend(arrived.frames)
+        while self._waiting and self._clock.arrival_s(self._waiting[0]) < self._from_s:
+            self._waiting.popleft()
         excess = [self._waiting.popleft() for _ in range(len(self._waiting) - self._limit)]
         dropped = tuple(frame for frame in map(self._get, excess) if frame is not None)
         num_lost = len(excess) - len(dropped)
@@ -94,6 +101,9 @@ class ClockedFeed:
 
     def arrival_s(self, frame: Frame) -> float:
         return self._clock.arrival_s(frame.index)
+
+    def begin(self, at_s: float) -> None:
+        self._from_s = at_s
 
     def health(self, now: float) -> Health:
         return Health("garbage", self._broken) if self._broken else _OK
@@ -138,6 +148,9 @@ class LiveFeed:
 
     def arrival_s(self, frame: Frame) -> float:
         return self._last_s  # only the latest is ever asked for
+
+    def begin(self, at_s: float) -> None:
+        """Nothing to do: pictures that nobody took are given up by the reader itself."""
 
     def health(self, now: float) -> Health:
         return self._reader.health(now)
