@@ -162,10 +162,14 @@ class JobDone(Record, frozen=True, kw_only=True, tag="job_done"):
 
 
 class JobBroken(Record, frozen=True, kw_only=True, tag="job_broken"):
-    """The job cannot go on. ``kind``: input = the user's data, memory, diverged (NaN), device, internal."""
+    """The job cannot go on. ``kind``: input = the user's data, memory, diverged (NaN), device, internal.
+
+    ``fault``: the GPU has reported a fatal error, after which no call of this process succeeds any more.
+    """
 
     kind: Literal["input", "memory", "diverged", "device", "checkpoint", "internal"]
     reason: str
+    fault: bool = False
 
 
 Report = (

@@ -79,6 +79,7 @@ class Roster:
         self._workers: dict[int, Worker] = {}
         self._good: dict[str, CheckpointRef] = {}
         self._refused: dict[str, None] = {}
+        self._faults: dict[str, int] = {}
         self._next_id = 1
 
     # ------------------------------------------------------------ views
@@ -172,6 +173,22 @@ class Roster:
         worker.pid = pid
         why = "hand_over" if worker.successor_of is not None else "restart" if worker.restarts else "plan"
         self._change(worker, "started", why)
+
+    def interrupt(self, worker_id: int, reason: str, culprit: bool = False) -> None:
+        """The device has failed under the worker, which is being stopped: a death that does not count against it.
+
+        A stream goes on as soon as workers can be started again. ``culprit``: the first to meet a fault, so probably
+        the one that made it, waits ``slow_s`` in quarantine, longer every time.
+        """
+        worker = self._workers[worker_id]
+        if worker.state in ("stopping", "backoff"):
+            return
+        worker.interrupted = reason
+        if culprit:
+            faults = self._faults[worker.job.job_id] = self._faults.get(worker.job.job_id, 0) + 1
+            worker.quarantine_s = faults * self._policy.slow_s
+            while len(self._faults) > REMEMBERED:
+                del self._faults[next(iter(self._faults))]
 
     def retry_now(self, job_id: str) -> None:
         """The job has changed: what made it fail may be gone, so its pause is over."""
@@ -268,12 +285,19 @@ class Roster:
             return
         if worker.broken is not None:
             reason = f"{worker.broken.kind}: {worker.broken.reason}"
+        if worker.interrupted and not worker.quarantine_s:
+            reason = f"interrupted: {worker.interrupted}"
         self._change(worker, "failed", reason)
         if not isinstance(worker.job, InferenceJob):
             self._settle_job(worker.job.job_id)
             self._report_failure(worker, reason)
         elif any(other.state != "stopping" for other in self.of_job(worker.job.job_id)):
             self._hand_over_broken(worker, now)
+        elif worker.interrupted:
+            if worker.quarantine_s:
+                reason = f"{reason}; the first to meet a GPU fault, in quarantine for {worker.quarantine_s:g} s"
+                self._report_failure(worker, reason)
+            self._rest(worker, now + worker.quarantine_s)
         else:
             self._pause(worker, reason, now)
 
@@ -403,7 +427,12 @@ class Roster:
                 self._report_failure(worker, f"{reason}; tried again every {policy.slow_s:g} s")
         else:
             pause = self._backoff_s(worker.deaths)
-        worker.state, worker.resumes_s, worker.share_held, worker.pid = "backoff", now + pause, 0.0, 0
+        self._rest(worker, now + pause)
+
+    def _rest(self, worker: Worker, resumes_s: float) -> None:
+        """An inference worker without a process, until it is started again."""
+        worker.state, worker.resumes_s, worker.share_held, worker.pid = "backoff", resumes_s, 0.0, 0
+        worker.interrupted, worker.quarantine_s, worker.standby = "", 0.0, False
         worker.ready_s, worker.broken, worker.shrink_sent_s, worker.successor_of = None, None, None, None
         self._workers[worker.worker_id] = worker
 

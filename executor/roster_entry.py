@@ -33,6 +33,8 @@ class Worker:
     degraded_s: float = 0.0
     broken: JobBroken | None = None
     stop_reason: str = ""
+    interrupted: str = ""
+    quarantine_s: float = 0.0
     successor_of: int | None = None
     standby: bool = False
     cap_fixed: bool = False

@@ -15,9 +15,10 @@ import msgspec
 import zmq
 from zmq.utils.monitor import recv_monitor_message
 
-from executor.agent import Fence, changes_of, reconcile
+from executor.agent import Fence, Replace, Start, changes_of, reconcile
 from executor.config import ExecutorConfig
 from executor.links import (
+    JobBroken,
     JobDone,
     Progress,
     Ready,
@@ -325,6 +326,10 @@ class Service:
             self.backend.hold(worker.pid, worker.job.share)
         elif isinstance(report, JobDone):
             self.backend.lift(worker.pid)
+        elif isinstance(report, JobBroken) and report.fault and worker.state != "stopping":
+            trouble = self.backend.fault(worker.pid, report.reason, now)
+            if trouble:
+                self._incident(trouble, worker)
         if isinstance(report, Progress):
             report = msgspec.structs.replace(
                 report,
@@ -340,10 +345,16 @@ class Service:
     def _look_after_backend(self) -> None:
         trouble = self.backend.check(self._clock())
         if trouble:
-            log.error("%s", line("share_backend_failed", reason=trouble))
-            self._tell(Notice(level="error", text=f"{self.executor_id}: {trouble}"))
-            for worker in self._roster:
-                self._supervisor.stop(worker.worker_id, trouble, quick=True)
+            self._incident(trouble, None)
+
+    def _incident(self, trouble: str, culprit: Worker | None) -> None:
+        """The device has failed under all workers: they leave, and are started again when the backend is well."""
+        log.error("%s", line("share_backend_failed", reason=trouble, job=culprit.job.job_id if culprit else None))
+        suspect = f"; first met by {culprit.job.job_id}" if culprit else ""
+        self._tell(Notice(level="error", text=f"{self.executor_id}: {trouble}{suspect}"))
+        for worker in self._roster:
+            self._roster.interrupt(worker.worker_id, trouble, culprit=worker is culprit)
+            self._supervisor.stop(worker.worker_id, trouble, quick=True)
 
     def _notice_silence(self, now: float) -> None:
         """Fail static: the optimizer's answers decide, not the connection, since a hung one keeps connections up."""
@@ -375,6 +386,8 @@ class Service:
             hand_overs=self.config.hand_overs,
         )
         for command in commands:
+            if self.backend.waiting and isinstance(command, Start | Replace):
+                continue
             for effect in self._roster.carry_out(command, now, self.backend.can_resize_live):
                 self._carry_out(effect, now)
 

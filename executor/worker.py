@@ -20,7 +20,7 @@ from typing import Literal
 
 from executor.child import die_with_parent
 from executor.learning.canary import compare
-from executor.learning.device import Device, is_out_of_memory, take_device
+from executor.learning.device import Device, is_gpu_fault, is_out_of_memory, take_device
 from executor.learning.labeling import label
 from executor.learning.retraining import retrain
 from executor.learning.training import DivergedError
@@ -156,7 +156,10 @@ def _work(
 
 def _diagnosis(error: Exception) -> JobBroken:
     kind: BrokenKind = "internal"
-    if is_out_of_memory(error):
+    fault = is_gpu_fault(error)
+    if fault:
+        kind = "device"
+    elif is_out_of_memory(error):
         kind = "memory"
     elif isinstance(error, DivergedError):
         kind = "diverged"
@@ -167,9 +170,8 @@ def _diagnosis(error: Exception) -> JobBroken:
     elif isinstance(error, CheckpointError):
         kind = "checkpoint"
     text = str(error).splitlines()[0] if str(error) else ""
-    return JobBroken(
-        kind=kind, reason=text if kind not in ("internal", "memory") else f"{type(error).__name__}: {text}"
-    )
+    reason = text if kind not in ("internal", "memory") else f"{type(error).__name__}: {text}"
+    return JobBroken(kind=kind, reason=reason, fault=fault)
 
 
 def _tell(connection: Connection, broken: JobBroken) -> None:

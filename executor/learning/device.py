@@ -87,6 +87,27 @@ def take_device(name: str) -> Device:
     return Device(name, torch.device("cuda", index), num_units=int(units))
 
 
+_FAULTS = (
+    "illegal memory access",
+    "device-side assert",
+    "illegal address",
+    "misaligned address",
+    "illegal instruction",
+    "invalid program counter",
+    "unspecified launch failure",
+    "hardware stack error",
+    "uncorrectable ecc",
+    "mps client terminated",
+    "mps server is not ready",
+)
+
+
+def is_gpu_fault(error: BaseException) -> bool:
+    """True for CUDA errors after which this process has lost its context, and under MPS all clients have theirs."""
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and "cuda" in text and any(fault in text for fault in _FAULTS)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """True for host and device memory exhaustion, in whatever shape torch reports it."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -15,13 +15,15 @@ class ShareBackend(Protocol):
 
     ``name``: as shown in telemetry. ``pace``: workers hold their share by duty cycle. ``can_resize_live``: a
     running worker's share can grow beyond the one it was started with. ``worker_device``: the device as the
-    worker has to call it ("cuda:0" where its environment shows it one GPU only).
+    worker has to call it ("cuda:0" where its environment shows it one GPU only). ``waiting``: why no worker can be
+    started at the moment, empty as a rule.
     """
 
     name: str
     pace: bool
     can_resize_live: bool
     worker_device: str
+    waiting: str
 
     def worker_environment(self, job: Job, share: float) -> Mapping[str, str]:
         """What the worker of ``job`` needs in its environment to be held to ``share``; an empty value unsets one.
@@ -58,6 +60,10 @@ class ShareBackend(Protocol):
         """Take a worker out before it is signalled."""
         ...
 
+    def fault(self, pid: int, reason: str, now: float) -> str:
+        """A worker has lost its device's context; a text when all workers have with it, else empty."""
+        ...
+
     def check(self, now: float) -> str:
         """Look after what the backend depends on; a text when it has failed and all workers are lost, else empty."""
         ...
@@ -73,6 +79,7 @@ class PacingBackend:
     name = "pacing"
     pace = True
     can_resize_live = True
+    waiting = ""
 
     def __init__(self, device: Device) -> None:
         # NVML counts GPUs in PCI order, CUDA by speed unless told otherwise: the UUID is the same in both.
@@ -102,6 +109,9 @@ class PacingBackend:
 
     def evict(self, pid: int) -> None:
         return None
+
+    def fault(self, pid: int, reason: str, now: float) -> str:
+        return ""  # without MPS a fault stays in the process that made it
 
     def check(self, now: float) -> str:
         return ""

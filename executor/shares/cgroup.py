@@ -190,6 +190,7 @@ class CgroupBackend:
     name = "cgroup"
     pace = False
     can_resize_live = True
+    waiting = ""
 
     def __init__(self, device: Device, groups: Groups | None = None) -> None:
         """Raises DeviceError when this process may not use control groups."""
@@ -222,6 +223,9 @@ class CgroupBackend:
 
     def evict(self, pid: int) -> None:
         self.lift(pid)  # a worker at a hundredth of a core would take minutes to die
+
+    def fault(self, pid: int, reason: str, now: float) -> str:
+        return ""
 
     def check(self, now: float) -> str:
         self._leaving = {pid for pid in self._leaving if not self._groups.remove(pid)}

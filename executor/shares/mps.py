@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 from executor.links import Ready
 from executor.shares.devices import Device
+from executor.shares.incident import Drain, ServerView, next_step
 from executor.shares.mps_control import MpsDaemon
 from protocol.errors import DeviceError, WorkerError
 from protocol.logs import line
@@ -26,8 +27,10 @@ log = logging.getLogger(__name__)
 
 CLIENT_LIMIT = 48  # up to CUDA 13.0; 60 from 13.1
 CHECK_INTERVAL_S = 0.5
+STATE_INTERVAL_S = 10.0  # a worker that meets the fault tells it at once; the daemon logs every query
 RESTART_INTERVAL_S = 5.0
 MIB = 1 << 20
+_DRAIN = Drain()
 
 
 class MpsBackend:
@@ -38,19 +41,22 @@ class MpsBackend:
     can_resize_live = False
     worker_device = "cuda:0"  # the daemon shows its clients one GPU
 
-    def __init__(self, device: Device, daemon: MpsDaemon, start: bool = True) -> None:
+    def __init__(self, device: Device, daemon: MpsDaemon, start: bool = True, drain: Drain = _DRAIN) -> None:
         """``start``: start the daemon, which is not running yet. Raises DeviceError when it cannot be started."""
         self._device = device
         self._daemon = daemon
         self._checked_s = float("-inf")
         self._restart_due_s = float("-inf")
-        self._down = ""
+        self._state_s = float("-inf")
+        self._down = self.waiting = ""
+        self._faulted_s: float | None = None
+        self._drain = drain
         if start:
             daemon.start()
 
     def worker_environment(self, job: Job, share: float) -> Mapping[str, str]:
         """The client's variables. Raises WorkerError while the daemon is down or no client is admitted."""
-        trouble = self._down or self._daemon.trouble()
+        trouble = self.waiting or self._daemon.trouble()
         if trouble:
             raise WorkerError(trouble)
         self._admit()
@@ -87,16 +93,58 @@ class MpsBackend:
                 done = self._daemon.terminate_client(server, pid)
                 log.info("%s", line("mps_terminate_client", client_pid=pid, server_pid=server, done=done))
 
-    def check(self, now: float) -> str:
-        """Notice a dead daemon or server within ``CHECK_INTERVAL_S`` and start the daemon again."""
-        if self._down:
-            self._restart(now)
+    def fault(self, pid: int, reason: str, now: float) -> str:
+        """A client met a fatal fault: every client of the GPU has it, so all have to leave."""
+        if self._faulted_s is not None or self._down:
             return ""
+        return self._begin_incident(f"GPU fault in process {pid} reaches all MPS clients: {reason}", now)
+
+    def check(self, now: float) -> str:
+        """Notice a dead daemon or server within ``CHECK_INTERVAL_S`` and a faulted server within ``STATE_INTERVAL_S``;
+        bring service back after either."""
         if now - self._checked_s < CHECK_INTERVAL_S:
             return ""
         self._checked_s = now
-        self._down = self._daemon.trouble()
+        if self._down:
+            self._restart(now)
+            return ""
+        if self._faulted_s is not None:
+            self._recover(now, self._faulted_s)
+            return ""
+        self._down = self.waiting = self._daemon.trouble()
+        if not self._down and now - self._state_s >= STATE_INTERVAL_S:
+            self._state_s = now
+            servers = self._servers() or ()
+            if any(server.state == "FAULT" for server in servers):
+                return self._begin_incident("the MPS server is in state FAULT", now)
         return self._down
+
+    def _begin_incident(self, text: str, now: float) -> str:
+        self._faulted_s, self.waiting = now, text
+        self._checked_s = now  # those who are to leave need a moment
+        return text
+
+    def _recover(self, now: float, faulted_s: float) -> None:
+        step = next_step(now - faulted_s, self._servers(), self._drain)
+        if step == "wait":
+            return
+        log.warning("%s", line("mps_incident_over", step=step, seconds=round(now - faulted_s, 3)))
+        self._faulted_s, self.waiting = None, ""
+        if step == "restart":
+            self._down = self.waiting = "the MPS server has not recovered from a fault"
+            self._restart(now)
+
+    def _servers(self) -> tuple[ServerView, ...] | None:
+        """The daemon's servers; None when it does not answer."""
+        if self._daemon.trouble():
+            return None
+        try:
+            return tuple(
+                ServerView(state=self._daemon.server_state(pid), num_clients=len(self._daemon.client_pids(pid)))
+                for pid in self._daemon.server_pids()
+            )
+        except WorkerError:
+            return None
 
     def close(self) -> None:
         self._daemon.close()
@@ -124,7 +172,8 @@ class MpsBackend:
             log.error("%s", line("mps_daemon_restart", reason=str(error)))
             return
         log.warning("%s", line("mps_daemon_restart", reason=self._down))
-        self._down, self._checked_s = "", now
+        self._down = self.waiting = ""
+        self._checked_s = now
 
 
 def client_environment(daemon: MpsDaemon, share: float, priority: int, memory_bytes: int = 0) -> dict[str, str]:

@@ -57,6 +57,9 @@ class TrueFeed:
     def arrival_s(self, frame: Frame) -> float:
         return self._feed.arrival_s(frame)
 
+    def begin(self, at_s: float) -> None:
+        self._feed.begin(at_s)
+
     def health(self, now: float) -> Health:
         return self._feed.health(now)
 

@@ -2,15 +2,19 @@
 
 ``-f`` runs the daemon, without arguments commands are read from standard input. As in the original, a command
 that fails prints something and the exit code is 0; it is 1 only when the daemon cannot be reached. The commands
-that begin with ``model_`` stand for what CUDA does in a client, and for faults:
+that begin with ``model_`` stand for what CUDA does in a client, and for faults. What it prints and how many
+multiprocessors a percentage gives was recorded on a GPU (tests/executor/transcripts, H100, driver 580):
 
   model_attach PID PERCENTAGE   a client connects; its percentage is fixed from now on; prints its multiprocessors
   model_detach PID              a client leaves in an orderly way
   model_percentage PID          what the client was admitted with
   model_fault | model_delay SECONDS | model_die | model_die_server
 
+  model_mortal | model_forgets   what ends a client harms nobody | the server stays in FAULT whatever happens
+
 A client that vanishes without leaving or being terminated puts the server into state FAULT (the documentation
-says "undefined"); it becomes ACTIVE again when all its clients have left.
+says "undefined", the GPU of the transcripts does not mind; this is the worse case, ``model_mortal`` the other); it
+becomes ACTIVE again when all its clients have left.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ from pathlib import Path
 
 NUM_UNITS = 132
 GRANULARITY = 2
+LEAST_UNITS = 8
 CLIENT_LIMIT = 48
 
 
@@ -34,6 +39,8 @@ class Daemon:
         self.server: subprocess.Popen[bytes] | None = None
         self.clients: dict[int, float] = {}
         self.fault = False
+        self.mortal = False
+        self.forgets = False
         self.delay_s = 0.0
 
     def answer(self, command: str) -> str | None:
@@ -60,6 +67,9 @@ class Daemon:
         if name == "model_fault":
             self.fault = True
             return "0"
+        if name in ("model_mortal", "model_forgets"):
+            setattr(self, name.removeprefix("model_"), True)
+            return "0"
         if name == "model_delay":
             self.delay_s = numbers[0]
             return "0"
@@ -69,20 +79,29 @@ class Daemon:
             self.server.kill()
             self.server.wait()
             return "0"
-        if name in ("get_client_list", "get_server_status", "terminate_client"):
+        if name == "get_default_active_thread_percentage":
+            return "100.0"
+        if name == "get_default_client_priority":
+            return "0"
+        if name == "ps" and not self.server:
+            return "Server not found"
+        of_server = ("get_client_list", "get_server_status", "terminate_client", "get_active_thread_percentage")
+        if name in of_server:
             if not self.server or not numbers or int(numbers[0]) != self.server.pid:
-                return f"Server {words[:1]} not found"
+                return f"Server {words[0] if words else ''} not found"
+            if name == "get_active_thread_percentage":
+                return "100.0"  # the server's default, whatever its clients were started with
             if name == "get_client_list":
                 return "\n".join(map(str, self.clients))
             if name == "get_server_status":
                 return "FAULT" if self.fault else "ACTIVE"
             client = int(numbers[1])
             if client not in self.clients:
-                return f"Failed to terminate client {client}"
+                return "201"
             del self.clients[client]
             os.kill(client, signal.SIGKILL)
             return "0"
-        return f"Unknown command {name}"
+        return f'Unknown command "{name}"'
 
     def attach(self, pid: int, percentage: float) -> str:
         if self.fault:
@@ -93,14 +112,14 @@ class Daemon:
             self.server = subprocess.Popen(["sleep", "1000"], stdin=subprocess.DEVNULL)
         self.clients[pid] = percentage
         units = int(NUM_UNITS * percentage / 100.0) // GRANULARITY * GRANULARITY
-        return str(max(GRANULARITY, units))
+        return str(max(LEAST_UNITS, units))
 
     def look_after_clients(self) -> None:
         for pid in tuple(self.clients):
             if not Path(f"/proc/{pid}").exists():
                 del self.clients[pid]
-                self.fault = True
-        if not self.clients:
+                self.fault = self.fault or not self.mortal
+        if not self.clients and not self.forgets:
             self.fault = False
 
     def end_server(self) -> None:

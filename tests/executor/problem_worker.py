@@ -1,7 +1,7 @@
 """A worker that behaves as its environment says: PROBLEM="job_id=mode,..." ("*" for every job).
 
 Modes: good, never_ready, crash_at_start, crash_later, hang, ignore_term, flood, half_message, garbage, broken,
-helper (starts a process of its own), segfault,
+helper (starts a process of its own), segfault, gpu_fault (after a while a kernel of it fails),
 without_mps (does not find the daemon). It speaks the real pipe protocol of a real worker.
 """
 
@@ -117,6 +117,10 @@ def _work(connection: Connection, job: Job, mode: str) -> None:
         version, config_id = job.checkpoint.version, job.config.config_id
     while True:
         turns += 1
+        if mode == "gpu_fault" and turns == 3:
+            subprocess.run([os.environ["MPS_MODEL"]], input="model_fault", text=True, check=True)
+            say(connection, JobBroken(kind="device", reason="CUDA error: an illegal memory access", fault=True))
+            sys.exit(1)
         if mode == "crash_later" and turns == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         say(connection, Progress(count=turns, share_achieved=share, share=share))
