@@ -50,7 +50,7 @@ def explain(
         raise InputError(f"--stream {stream_id}: the plan has no such stream; there are {', '.join(_few(explained))}")
     console = console or Console()
     report = plan.report
-    bound = "" if report.bound is None else f", proven to be within {report.gap or 0.0:.2%} of the best"
+    bound = _proven(plan)
     console.print(
         f"Plan by {report.policy} ({report.status}) for {len(problem.streams)} streams on {len(problem.gpus)} GPUs, "
         f"{problem.window_s:g} s: accuracy {explained.verdict.value:.4f}{bound}.",
@@ -68,6 +68,16 @@ def explain(
         draw_plan(explained, stream_id, out)
         console.print(f"written: {out}", highlight=False)
     return explained
+
+
+def _proven(plan: Plan) -> str:
+    """What its bound says; the bound of ``milp`` is for plans of fixed shares only."""
+    report = plan.report
+    if report.bound is None:
+        return ""
+    best = "the best plan of fixed shares" if report.policy == "milp" else "the best of all plans"
+    gap = report.gap or 0.0
+    return f", proven to be {best}" if gap < 5e-5 else f", proven to be within {gap:.2%} of {best}"
 
 
 def _few(explained: Explained) -> list[str]:
@@ -92,6 +102,8 @@ def _overview(explained: Explained) -> Table:
                 f"{step.retrain_id} on {step.gpu_id} at {step.share:g}, "
                 f"{verdict.retrain_start_s:.0f} to {verdict.retrain_end_s:.0f} s"
             )
+        elif assignment.cloud is not None and verdict.retrain_end_s is not None:
+            retraining = f"{assignment.cloud.retrain_id} in the cloud, there at {verdict.retrain_end_s:.0f} s"
         cells = [
             stream_id,
             f"{verdict.value:.4f}",
@@ -108,11 +120,13 @@ def _overview(explained: Explained) -> Table:
 
 def _price_table(explained: Explained) -> Table:
     prices = explained.prices
+    elsewhere = " without the cloud" if any(stream.cloud for stream in explained.problem.streams) else ""
     table = Table(
         box=SIMPLE_HEAD,
         title="What a GPU is worth, slot by slot",
-        caption="points of mean accuracy for a whole GPU during the slot; prices of the best plan, which reaches at "
-        f"most {prices.bound:.4f}",
+        caption="points of mean accuracy for a whole GPU during one of the window's "
+        f"{explained.problem.num_slots} slots; prices of the best plan{elsewhere}, which "
+        f"reaches at most {prices.bound:.4f}",
         padding=(0, 1, 0, 0),
     )
     kinds = [tuple(explained.problem.gpus[g].gpu_id for g in members) for _, members in gpu_classes(explained.problem)]
@@ -122,6 +136,12 @@ def _price_table(explained: Explained) -> Table:
     rows: dict[tuple[float, float], list[str]] = {}
     for slot in prices.slots:
         rows.setdefault((slot.start_s, slot.end_s), []).append(f"{slot.points:.4f}")
+    merged: list[tuple[float, float, list[str]]] = []
     for (start_s, end_s), cells in rows.items():
+        if merged and merged[-1][2] == cells:  # slots of equal prices are one line
+            merged[-1] = (merged[-1][0], end_s, cells)
+        else:
+            merged.append((start_s, end_s, cells))
+    for start_s, end_s, cells in merged:
         table.add_row(f"{start_s:g} to {end_s:g} s", *cells)
     return table

@@ -17,7 +17,7 @@ import msgspec
 from optimizer.execution import capacity_quanta, needed_quanta, quanta_of, retrain_seconds, share_of
 from optimizer.objective import ACCURACY_TOLERANCE, attainable_floor, judge
 from optimizer.verdicts import StreamVerdict, Verdict
-from protocol.plan import Assignment, InferenceStep, Plan, Problem, RetrainStep, StreamProfile
+from protocol.plan import Assignment, CloudStep, InferenceStep, Plan, Problem, RetrainStep, StreamProfile
 from protocol.schema import GpuSpec, Record
 
 _SAME_S = 1e-6
@@ -83,6 +83,9 @@ class Room:
             assert verdict.retrain_end_s is not None
             retrain_end_s, swap_bytes = verdict.retrain_end_s, chosen.swap_bytes
             self._take(step.gpu_id, verdict.retrain_start_s, retrain_end_s, step.share, chosen.memory_bytes)
+        elif assignment.cloud is not None and verdict.retrain_end_s is not None:
+            retrain_end_s = verdict.retrain_end_s
+            swap_bytes = next(p for p in profile.cloud if p.retrain_id == assignment.cloud.retrain_id).swap_bytes
         starts = [*verdict.step_starts_s, window_s]
         num_bytes = {p.inference_id: p.memory_bytes for p in profile.inference}
         for serving, start_s, end_s in zip(assignment.inference, starts, starts[1:], strict=False):
@@ -268,18 +271,47 @@ class Chooser:
         return Assignment(stream_id=stream.stream_id, inference=tuple(steps), retrain=retrain)
 
 
+def retrained_with(assignment: Assignment) -> str | None:
+    """The retraining configuration of an assignment, on a GPU or in the cloud; None = no retraining."""
+    if assignment.retrain is not None:
+        return assignment.retrain.retrain_id
+    return None if assignment.cloud is None else assignment.cloud.retrain_id
+
+
 def with_assignment(plan: Plan, assignment: Assignment) -> Plan:
-    """``plan`` with one stream's part replaced."""
-    parts = tuple(assignment if a.stream_id == assignment.stream_id else a for a in plan.assignments)
+    """``plan`` with one stream's part replaced.
+
+    Where its retraining is taken out, others that waited for it wait for what it waited for itself.
+    """
+    stream_id = assignment.stream_id
+    old = next(a for a in plan.assignments if a.stream_id == stream_id)
+    parts = tuple(assignment if a.stream_id == stream_id else a for a in plan.assignments)
+    if retrained_with(assignment) is None and retrained_with(old) is not None:
+        before = old.retrain.after if old.retrain is not None else ()
+        parts = tuple(_no_longer_waiting(part, stream_id, before) for part in parts)
     return msgspec.structs.replace(plan, assignments=parts)
+
+
+def _no_longer_waiting(part: Assignment, stream_id: str, instead: tuple[str, ...]) -> Assignment:
+    def waits(after: tuple[str, ...]) -> tuple[str, ...]:
+        if stream_id not in after:
+            return after
+        names = dict.fromkeys((*after, *instead))
+        return tuple(name for name in names if name != stream_id)
+
+    retrain = part.retrain
+    return msgspec.structs.replace(
+        part,
+        inference=tuple(msgspec.structs.replace(step, after=waits(step.after)) for step in part.inference),
+        retrain=None if retrain is None else msgspec.structs.replace(retrain, after=waits(retrain.after)),
+    )
 
 
 def choices(problem: Problem, plan: Plan, verdict: Verdict, stream_id: str) -> list[Choice]:
     """The best choice of a stream for every retraining configuration and for none, best first, by the judge.
 
     Everything else stays as planned: either at its planned times, or, where only the configuration of
-    the planned retraining is exchanged, after the same events. Choices for which something else would
-    never start, because it waits for this stream's retraining, are left out.
+    the planned retraining is exchanged or it is taken out, after the same events.
     """
     stream = next(one for one in problem.streams if one.stream_id == stream_id)
     chooser = Chooser(problem, stream, Room(problem, plan, verdict, stream_id))
@@ -289,13 +321,14 @@ def choices(problem: Problem, plan: Plan, verdict: Verdict, stream_id: str) -> l
         for profile in stream.retrain:
             step = msgspec.structs.replace(planned.retrain, retrain_id=profile.retrain_id)
             candidates.append(msgspec.structs.replace(planned, retrain=step))
+    candidates += _in_the_cloud(stream, plan, planned, candidates)
     found: dict[str | None, Choice] = {}
     for assignment in candidates:
         judged = judge(problem, with_assignment(plan, assignment))
         own = next(one for one in judged.streams if one.stream_id == stream_id)
         if not judged.only_floors_broken or (own.retrain_end_s or 0.0) > problem.window_s:
             continue
-        retrain_id = None if assignment.retrain is None else assignment.retrain.retrain_id
+        retrain_id = retrained_with(assignment)
         if retrain_id not in found or judged.value > found[retrain_id].site_value:
             found[retrain_id] = Choice(
                 retrain_id=retrain_id,
@@ -306,6 +339,20 @@ def choices(problem: Problem, plan: Plan, verdict: Verdict, stream_id: str) -> l
                 assignment=assignment,
             )
     return sorted(found.values(), key=lambda choice: -choice.site_value)
+
+
+def _in_the_cloud(
+    stream: StreamProfile, plan: Plan, planned: Assignment, candidates: list[Assignment]
+) -> list[Assignment]:
+    """The stream's retrainings in the cloud, in the planned turn or as the last of their link."""
+    last = max((a.cloud.turn for a in plan.assignments if a.cloud is not None), default=-1)
+    found: list[Assignment] = []
+    for profile in stream.cloud:
+        turn = planned.cloud.turn if planned.cloud is not None else last + 1
+        step = CloudStep(retrain_id=profile.retrain_id, turn=turn)
+        bases = [planned] if planned.retrain is None else [c for c in candidates if c.retrain is None]
+        found += [msgspec.structs.replace(base, retrain=None, cloud=step) for base in bases]
+    return found
 
 
 def quantum_values(problem: Problem, plan: Plan, verdict: Verdict, stream_id: str) -> dict[str, float]:

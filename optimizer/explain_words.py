@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from optimizer.execution import retrain_seconds
-from optimizer.explain_choices import Choice, choices, quantum_values
+from optimizer.explain_choices import Choice, choices, quantum_values, retrained_with
 from optimizer.objective import attainable_floor, judge
 from optimizer.policies.timeline_bound import Dual, dual_of_few, dual_of_many
 from optimizer.policies.timeline_model import build_model
@@ -100,8 +100,7 @@ class Explained:
 
     def others(self, stream_id: str) -> list[Choice]:
         """Choices with another retraining configuration than the plan's."""
-        step = self.assignments[stream_id].retrain
-        planned = None if step is None else step.retrain_id
+        planned = retrained_with(self.assignments[stream_id])
         return [choice for choice in self.choices(stream_id) if choice.retrain_id != planned]
 
 
@@ -120,7 +119,16 @@ def explain_stream(explained: Explained, stream_id: str) -> list[str]:
 def _what(profile: StreamProfile, assignment: Assignment, verdict: StreamVerdict) -> list[str]:
     name, step = profile.stream_id, assignment.retrain
     lines = []
-    if step is None or verdict.retrain_start_s is None or verdict.retrain_end_s is None:
+    cloud = assignment.cloud
+    if cloud is not None and verdict.retrain_start_s is not None and verdict.retrain_end_s is not None:
+        sent = next(p for p in profile.cloud if p.retrain_id == cloud.retrain_id)
+        lines.append(
+            f"{name} is retrained in the cloud with {cloud.retrain_id} over {sent.link_id}, turn {cloud.turn + 1}, "
+            f"from {verdict.retrain_start_s:.1f} s; its model is there at {verdict.retrain_end_s:.1f} s: "
+            f"{profile.accuracy_now:.4f} -> {sent.accuracy_after:.4f} for {sent.up_bytes / 1e6:.1f} MB up and "
+            f"{sent.down_bytes / 1e6:.1f} MB down."
+        )
+    elif step is None or verdict.retrain_start_s is None or verdict.retrain_end_s is None:
         lines.append(f"{name} is not retrained: its model stays at {profile.accuracy_now:.4f}.")
     else:
         chosen = next(p for p in profile.retrain if p.retrain_id == step.retrain_id)
@@ -147,23 +155,23 @@ def _why(explained: Explained, profile: StreamProfile, assignment: Assignment, v
     step = assignment.retrain
     others = explained.others(profile.stream_id)
     now = explained.verdict.value
-    if step is not None and verdict.retrain_start_s is not None and verdict.retrain_end_s is not None:
+    retrains = step is not None or assignment.cloud is not None
+    if retrains and verdict.retrain_start_s is not None and verdict.retrain_end_s is not None:
         lines = []
-        rent = explained.prices.points(step.gpu_id, step.share, verdict.retrain_start_s, verdict.retrain_end_s)
+        worth = "It takes no share of any GPU."
+        if step is not None:
+            rent = explained.prices.points(step.gpu_id, step.share, verdict.retrain_start_s, verdict.retrain_end_s)
+            worth = f"The share that the retraining takes is worth {rent:.3f} points at the site's prices."
         without = next((choice for choice in others if choice.retrain_id is None), None)
         if verdict.retrain_end_s >= explained.problem.window_s:
             lines.append("Its retraining does not end within the window and so changes nothing in it.")
         elif without is not None:
             lines.append(
                 f"Without retraining, everything else as planned, it would have {without.value:.4f}; the site would "
-                f"lose {points(now - without.site_value)}. The share that the retraining takes is worth {rent:.3f} "
-                "points at the site's prices."
+                f"{_lose_or_gain(without.site_value - now)}. {worth}"
             )
         else:
-            lines.append(
-                "Others wait for its retraining to end, so that the plan cannot go without it. The share that it "
-                f"takes is worth {rent:.3f} points at the site's prices."
-            )
+            lines.append(f"Others rely on its retraining, so that the plan cannot go without it. {worth}")
         return lines
     useful = [p for p in profile.retrain if p.accuracy_after > profile.accuracy_now]
     if not useful:
@@ -172,17 +180,16 @@ def _why(explained: Explained, profile: StreamProfile, assignment: Assignment, v
     if best is None:
         return [_no_room(explained, profile)]
     step = best.assignment.retrain
-    assert step is not None
-    rent = explained.prices.points(step.gpu_id, step.share, best.start_s, best.end_s)
     gain = best.site_value - now
     if gain > 1e-9:
         verb = f"would raise the site's accuracy by {points(gain)}: the plan is not the best possible"
     else:
         verb = f"would cost the site {points(-gain)}"
-    return [
-        f"The best retraining that fits, everything else as planned, {verb}: {_say(best)}.",
-        f"The share that it would take is worth {rent:.3f} points at the site's prices.",
-    ]
+    lines = [f"The best retraining that fits, everything else as planned, {verb}: {_say(best)}."]
+    if step is not None:
+        rent = explained.prices.points(step.gpu_id, step.share, best.start_s, best.end_s)
+        lines.append(f"The share that it would take is worth {rent:.3f} points at the site's prices.")
+    return lines
 
 
 def _no_room(explained: Explained, profile: StreamProfile) -> str:
@@ -264,12 +271,21 @@ def _say(choice: Choice) -> str:
     serving = choice.assignment.inference
     served = " then ".join(dict.fromkeys(step.inference_id for step in serving))
     step = choice.assignment.retrain
+    if choice.assignment.cloud is not None:
+        cloud = choice.assignment.cloud
+        return (
+            f"{cloud.retrain_id} in the cloud, there at {choice.end_s:.0f} s, served with {served}: {choice.value:.4f}"
+        )
     if step is None:
         return f"no retraining, served with {served}: {choice.value:.4f}"
     return (
         f"{step.retrain_id} on {step.gpu_id} at {step.share:g}, {choice.start_s:.0f} to {choice.end_s:.0f} s, served "
         f"with {served}: {choice.value:.4f}"
     )
+
+
+def _lose_or_gain(change: float) -> str:
+    return f"lose {points(-change)}" if change <= 0.0 else f"gain {points(change)}"
 
 
 def points(value: float) -> str:

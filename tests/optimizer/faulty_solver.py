@@ -6,6 +6,7 @@ with what the planner's report has to say about them.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import socket
@@ -135,7 +136,8 @@ def main(policy_name: str) -> None:
     while chunk := link.recv(1 << 20):
         buffer += chunk
         while (question := take_question(buffer)) is not None:
-            misbehave(link, question, policy_name)
+            with contextlib.suppress(OSError):  # the planner has had enough
+                misbehave(link, question, policy_name)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from protocol.codec import save_json
 from protocol.errors import InputError
 from protocol.plan import (
     Assignment,
+    CloudProfile,
+    CloudStep,
     InferenceProfile,
     InferenceStep,
     Plan,
@@ -30,7 +32,7 @@ from protocol.plan import (
     SolveReport,
     StreamProfile,
 )
-from protocol.schema import GpuSpec
+from protocol.schema import GpuSpec, LinkSpec
 
 FULL = InferenceProfile(inference_id="full", gpu_share_needed=0.4, relative_accuracy=1.0)
 HALF = InferenceProfile(inference_id="half", gpu_share_needed=0.2, relative_accuracy=0.8)
@@ -41,6 +43,12 @@ LONG = RetrainProfile(retrain_id="long", accuracy_after=0.9, gpu_seconds=30.0)
 def stream(stream_id: str, **changes: object) -> StreamProfile:
     plain = StreamProfile(stream_id=stream_id, accuracy_now=0.5, inference=(FULL, HALF), retrain=(SHORT, LONG))
     return msgspec.structs.replace(plain, **changes)
+
+
+SKY = CloudProfile(
+    retrain_id="sky", link_id="up", accuracy_after=0.9, up_bytes=20_000_000, cloud_seconds=10.0, down_bytes=20_000_000
+)
+LINK = LinkSpec(link_id="up", up_bytes_per_s=1e6, down_bytes_per_s=2e6)
 
 
 def problem(*streams: StreamProfile, num_gpus: int = 1, window_s: float = 100.0) -> Problem:
@@ -105,7 +113,11 @@ def test_exchanging_the_configuration_keeps_the_order_of_events() -> None:
         window_s=300.0,
     )
     found = {choice.retrain_id: choice for choice in choices(both, made, judge(both, made), "a")}
-    assert None not in found  # b would wait for ever
+    alone = found[None].assignment  # and b, which waited for it, begins at once
+    assert alone.retrain is None
+    without = judge(both, with_assignment(made, alone))
+    assert without.feasible
+    assert without.streams[1].retrain_start_s == 0.0
     a, b = (0.5 * 150 + 0.9 * 150) / 300, (0.5 * 210 + 0.8 * 90) / 300
     assert found["long"].site_value == pytest.approx((a + b) / 2)
 
@@ -289,3 +301,44 @@ def test_mistakes_end_with_code_2(
             cli.main()
         assert ended.value.code == 2
         assert said in " ".join(capsys.readouterr().err.split())
+
+
+def test_retraining_in_the_cloud_is_explained_and_offered() -> None:
+    # Up 20 s, 10 s in the cloud, down 10 s: there after 40 s.
+    pair = msgspec.structs.replace(problem(stream("a", cloud=(SKY,)), stream("b", cloud=(SKY,))), links=(LINK,))
+    made = plan(
+        Assignment(stream_id="a", inference=(serve("full", 0.4),), cloud=CloudStep(retrain_id="sky")),
+        Assignment(stream_id="b", inference=(serve("full", 0.4),)),
+    )
+    explained = Explained(pair, made)
+    assert explained.verdict.feasible
+    said = "\n".join(explain_stream(explained, "a"))
+    assert "a is retrained in the cloud with sky over up, turn 1, from 0.0 s; its model is there at 40.0 s" in said
+    assert "It takes no share of any GPU." in said
+    assert "Without retraining, everything else as planned, it would have 0.5000" in said
+    # b has the share of the GPU, or the second turn of the link: up from 20 to 40 s, there at 60 s.
+    found = {choice.retrain_id: choice for choice in explained.choices("b")}
+    assert found["sky"].end_s == pytest.approx(60.0)
+    assert found["sky"].value == pytest.approx((0.5 * 60 + 0.9 * 40) / 100)
+    assert "sky in the cloud, there at 60 s" in "\n".join(explain_stream(explained, "b"))
+
+
+@pytest.mark.parametrize("policy", ["timeline", "thief", "uniform:low:0.5", "none"])
+def test_plans_of_every_kind_are_explained_and_drawn(policy: str, tmp_path: Path) -> None:
+    asked = random_problem(5, 2, 6, 11)
+    (tmp_path / "problems").mkdir()
+    (tmp_path / "plans").mkdir()
+    save_problem(asked, tmp_path / "problems" / "p.json")
+    save_json(get_policy(policy)(asked, 1.0), tmp_path / "plans" / "p.json")
+    for stream_id in (None, asked.streams[0].stream_id):
+        out = StringIO()
+        explain(
+            tmp_path / "plans" / "p.json",
+            stream_id=stream_id,
+            out=tmp_path / "p.svg",
+            console=Console(file=out, width=120),
+        )
+        assert "Plan by" in out.getvalue()
+        assert "What a GPU is worth" in out.getvalue()
+        assert stream_id is None or "next best choices" in out.getvalue() or "Nothing else fits" in out.getvalue()
+        assert (tmp_path / "p.svg").stat().st_size > 1000
