@@ -42,19 +42,88 @@ LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 
 @app.command()
 def run(
-    site_file: Annotated[Path, typer.Argument(metavar="SITE.toml", help="The site file.")],
+    site_file: Annotated[Path | None, typer.Argument(metavar="[SITE.toml]", help="The site file.")] = None,
     windows: Windows = None,
     policy: Policy = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run (default: runs/NAME).")] = None,
     log_level: LogLevel = "info",
+    video: Annotated[
+        list[Path] | None, typer.Option(help="Your own recording instead of a site file; may be given several times.")
+    ] = None,
+    golden: Annotated[str | None, typer.Option(help="With --video: torchvision detector that labels it.")] = None,
+    golden_weights: Annotated[Path | None, typer.Option(help="Its weights, a local file (.pt, .safetensors).")] = None,
+    golden_classes: Annotated[int, typer.Option(help="Outputs of the model in it, 0 = as published.")] = 0,
+    samples: Annotated[
+        list[Path] | None, typer.Option(help="Sample list of each --video instead of a golden model.")
+    ] = None,
+    classes: Annotated[str, typer.Option(help="Classes, separated by commas (default: those of a street).")] = "",
+    class_map: Annotated[str, typer.Option(help="Ids or names of the golden model to classes: 3=car,8=car.")] = "",
+    task: Annotated[str, typer.Option(help="What the students do: classification or detection.")] = "classification",
+    fps: Annotated[float, typer.Option(help="Frames a second that are used of a video, at most.")] = 10.0,
+    window_seconds: Annotated[float, typer.Option(help="With --video: length of a window.")] = 30.0,
+    min_score: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Boxes of the golden model below are dropped.")
+    ] = 0.5,
+    executors: Annotated[int, typer.Option(min=1, help="With --video: local executors, one CPU core each.")] = 2,
 ) -> None:
     """Serve a site: wait for executors, plan every window, record what happens.
 
-    Started again with the same folder after a crash it adopts what runs and goes on in the same window.
+    Started again with the same folder after a crash it adopts what runs and goes on in the same window. With --video
+    everything is done on this machine: recordings are labelled, students trained and retrained, a report is written.
     """
-    from optimizer.commands import run_service
+    from optimizer.commands import run_service, run_video
+    from optimizer.own_video import GOLDEN, Wish
 
+    if video:
+        if site_file is not None:
+            raise InputError(f"{site_file} and --video: give a site file or videos, not both")
+        wish = Wish(
+            videos=tuple(video),
+            samples=tuple(samples or ()),
+            golden=golden or GOLDEN,
+            weights=golden_weights,
+            weights_classes=golden_classes,
+            classes=tuple(name.strip() for name in classes.split(",") if name.strip()),
+            class_map=tuple(pair.strip() for pair in class_map.split(",") if pair.strip()),
+            task=task,
+            fps=fps,
+            window_s=window_seconds,
+            min_score=min_score,
+        )
+        raise typer.Exit(
+            run_video(wish, windows=windows, policy=policy, out=out, num_executors=executors, console=_console())
+        )
+    if site_file is None:
+        raise InputError("give a site file, or --video FILE for a recording of your own")
+    if samples or golden or golden_weights:
+        raise InputError("--samples, --golden and --golden-weights belong to --video; a site file names its own")
     raise typer.Exit(run_service(site_file, windows=windows, policy=policy, out=out, log_level=log_level))
+
+
+@app.command()
+def ingest(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Sample list, COCO annotation file or YOLO folder.")],
+    images: Annotated[str, typer.Option(help="Folder of the pictures, or the video of a sample list.")] = "",
+    form: Annotated[str, typer.Option("--format", help="auto, samples, coco or yolo.")] = "auto",
+    split: Annotated[str, typer.Option(help="Only this split of a YOLO data set, like train.")] = "",
+    windows: Annotated[int, typer.Option(help="Stretches of time to compare.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Folder for summary.json and a plot of the drift.")] = None,
+) -> None:
+    """Check a labelled data set and say what is in it: frames, classes per stretch of time, drift, problems."""
+    from optimizer.ingest import ingest as ingest_dataset
+
+    code = ingest_dataset(
+        path,
+        images=images,
+        form=form,
+        split=split,
+        windows=windows,
+        as_json=as_json,
+        out=out,
+        console=_console(),
+    )
+    raise typer.Exit(code)
 
 
 @app.command()

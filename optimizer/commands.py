@@ -15,6 +15,8 @@ from rich.console import Console
 
 from optimizer.config import SiteConfig, load_site, parse_site
 from optimizer.local import local_devices, run_site
+from optimizer.own_video import DEFAULT_WINDOWS, Wish, write_site
+from optimizer.own_video import check as check_wish
 from optimizer.policies.registry import get_policy
 from optimizer.ports import ProfilerPort
 from optimizer.recorder import RunFolder
@@ -69,6 +71,41 @@ def run_service(site_file: Path, *, windows: int | None, policy: str | None, out
     finally:
         folder.close()
         _report(folder.path, quiet=True)
+
+
+def run_video(
+    wish: Wish, *, windows: int | None, policy: str | None, out: Path | None, num_executors: int, console: Console
+) -> int:
+    """`ekya-optimizer run --video`: label recordings, then run them with local executors; the exit code.
+
+    Raises:
+        InputError: an option, a video, a sample list or the golden model is unusable.
+    """
+    check_wish(wish)
+    if policy is not None:
+        get_policy(policy)
+    out = out or Path("runs") / "own-video"
+    _fresh(out)
+    devices = local_devices(num_executors)
+    site_file = write_site(wish, out, devices[0], console)
+    site = _with_policy(load_site(site_file), policy)
+    console.print(
+        f"{len(site.streams)} streams of {', '.join(site.streams[0].classes)}; site file {site_file}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    code = run_site(
+        site,
+        out,
+        make_profiler(site),
+        num_windows=windows or DEFAULT_WINDOWS,
+        devices=devices,
+        console=console,
+        live=console.is_terminal,
+    )
+    if code == 0:
+        _report(out, console=console)
+    return code
 
 
 def run_demo(*, windows: int, out: Path, policy: str, plain: bool, console: Console) -> int:

@@ -19,6 +19,7 @@ from protocol.schema import (
     InferenceConfig,
     LiveSource,
     Name,
+    OracleGolden,
     PositiveInt,
     PositiveSeconds,
     Record,
@@ -281,6 +282,11 @@ def _check_source(stream: StreamSpec, site: SiteConfig, where: str) -> None:
                 allowed = ", ".join(stream.classes)
                 raise ConfigError(f"{where}: class_map {category!r} = {name!r} is no class of it; allowed: {allowed}")
     if isinstance(source, LiveSource):
+        if stream.task == "classification" or isinstance(stream.golden, OracleGolden):
+            raise ConfigError(
+                f'{where}: a live source carries no labels: task = "detection" and a golden model of '
+                'kind = "torchvision" are needed'
+            )
         scheme, separator, rest = source.url.partition("://")
         if separator and (scheme.lower() not in _SCHEMES or not rest.strip("/")):
             allowed = ", ".join(f"{name}://" for name in _SCHEMES)

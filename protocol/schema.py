@@ -61,12 +61,16 @@ class CitySource(Record, frozen=True, kw_only=True, tag="city"):
 
 
 class Clip(Record, frozen=True, kw_only=True):
-    """Frames ``first_frame`` to ``last_frame`` (inclusive, None = to the end) of a video file and its sample list."""
+    """Frames ``first_frame`` to ``last_frame`` (inclusive, None = to the end) of a video file and its sample list.
+
+    ``step``: only every so many-th of them is a frame of the stream.
+    """
 
     video: str
     samples: str
     first_frame: Annotated[int, msgspec.Meta(ge=0)] = 0
     last_frame: int | None = None
+    step: PositiveInt = 1
 
 
 class RecordedSource(Record, frozen=True, kw_only=True, tag="recorded"):

@@ -40,7 +40,10 @@ class Window(msgspec.Struct, frozen=True):
 
 
 class Summary(msgspec.Struct, frozen=True):
-    """The data set. ``sizes``: pictures by "WIDTHxHEIGHT". ``num_problems`` counts all, ``problems`` shows some."""
+    """The data set. ``ids``: category id of each class that occurs. ``sizes``: pictures by "WIDTHxHEIGHT".
+
+    ``num_problems`` counts all, ``problems`` shows some.
+    """
 
     path: str
     format: str
@@ -48,6 +51,7 @@ class Summary(msgspec.Struct, frozen=True):
     num_empty: int
     num_objects: int
     classes: dict[str, int]
+    ids: dict[str, int]
     sizes: dict[str, int]
     windows: tuple[Window, ...]
     num_problems: int
@@ -58,8 +62,10 @@ def summarise(found: AnnotatedSet, num_windows: int) -> Summary:
     """Read all there is to know. Opens every picture for its size."""
     sizes = check_pictures(found)
     count: Counter[str] = Counter()
+    ids: dict[str, int] = {}
     for frame in found.frames:
         count.update(_name(found, box.category) for box in frame.boxes)
+        ids |= {_name(found, box.category): box.category for box in frame.boxes}
     return Summary(
         path=str(found.path),
         format=found.format,
@@ -67,6 +73,7 @@ def summarise(found: AnnotatedSet, num_windows: int) -> Summary:
         num_empty=sum(not frame.boxes for frame in found.frames),
         num_objects=sum(count.values()),
         classes=dict(count.most_common()),
+        ids=dict(sorted(ids.items(), key=lambda item: item[1])),
         sizes=sizes,
         windows=windows_of(found, num_windows),
         num_problems=len(found.problems),

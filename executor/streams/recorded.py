@@ -70,7 +70,8 @@ class Recorded:
             raise
         self._ends = list(itertools.accumulate(lengths))
         if not any(
-            clip.first_frame <= frame < clip.first_frame + length
+            clip.first_frame <= frame < clip.first_frame + length * clip.step
+            and (frame - clip.first_frame) % clip.step == 0
             for clip, length, samples in zip(source.clips, lengths, self._samples, strict=True)
             for frame in samples
         ):
@@ -89,7 +90,8 @@ class Recorded:
         position = index % self.num_frames
         clip = bisect.bisect_right(self._ends, position)
         start = self._ends[clip - 1] if clip else 0
-        return RecordedFrame(self, index, clip, self._clips[clip].first_frame + position - start)
+        played = self._clips[clip]
+        return RecordedFrame(self, index, clip, played.first_frame + (position - start) * played.step)
 
     def close(self) -> None:
         """Release files and decoders; safe to call twice."""
@@ -114,4 +116,4 @@ class Recorded:
                 f"source.clips[{number}]: frames {clip.first_frame} to {last} are not in {clip.video}; "
                 f"allowed: 0 <= first_frame <= last_frame <= {video.num_frames - 1}"
             )
-        return last - clip.first_frame + 1
+        return (last - clip.first_frame) // clip.step + 1
