@@ -15,6 +15,7 @@ from optimizer.ports import Solve, Solved
 from optimizer.state import ExecutorState, SiteState
 from optimizer.summaries import plan_solved
 from protocol.plan import Plan, Problem
+from protocol.schema import LinkSpec
 
 WINDOW_PHASES = ("profiling", "planning", "executing")
 # Phases without retrainings: before the first window, and while a window's profiling takes its share.
@@ -35,9 +36,15 @@ class Asker:
     """At most one question is open; a newer one replaces it."""
 
     def __init__(
-        self, site: SiteConfig, state: SiteState, executors: Mapping[str, ExecutorState], emit: Emitter
+        self,
+        site: SiteConfig,
+        state: SiteState,
+        executors: Mapping[str, ExecutorState],
+        emit: Emitter,
+        links: tuple[LinkSpec, ...] = (),
     ) -> None:
         self._site = site
+        self._links = links
         self._state = state
         self._executors = executors
         self._emit = emit
@@ -77,6 +84,7 @@ class Asker:
             left_s=max(left, 0.1),
             reserved_share=state.profiling_share if state.phase == "profiling" else 0.0,
             with_retraining=not serving_only,
+            links=self._links,
         )
         if problem is None:
             return  # asked again as soon as an executor is there
@@ -121,6 +129,7 @@ class Asker:
             for stream_id in out:
                 stream = state.streams[stream_id]
                 stream.serving_executor, stream.serving_config, stream.running = "", None, None
+                stream.sent = None
             self._emit.notice("error", f"overloaded, not served in this window: {', '.join(out)} ({reason})")
             self.want("overloaded")
         else:

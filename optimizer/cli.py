@@ -36,6 +36,7 @@ Predicted = Annotated[
 WindowSeconds = Annotated[float, typer.Option(help="Length of a window, seconds.")]
 FullShare = Annotated[float, typer.Option(help="GPU share that analysing every frame of a stream takes.")]
 Quantum = Annotated[float, typer.Option(help="Smallest GPU share handed out.")]
+Quantile = Annotated[float, typer.Option(help="Plan on this quantile of uncertain gains; 0.5 = what is expected.")]
 Budget = Annotated[float, typer.Option(help="Seconds of wall time that a policy may take for a decision.")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 
@@ -162,6 +163,14 @@ def compare(
     random: Annotated[str | None, typer.Option(help="Make a problem instead: STREAMSxGPUSxCONFIGURATIONS.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of --random.")] = 0,
     save: Annotated[Path | None, typer.Option(help="Keep the random problem as this file.")] = None,
+    limits: Annotated[
+        bool,
+        typer.Option(help="Give --random latency limits, own windows, few labels, unsure gains and a link to a cloud."),
+    ] = False,
+    planning_quantile: Annotated[
+        float | None,
+        typer.Option(help="Plan on this quantile of uncertain gains, not the problem's."),
+    ] = None,
     policies: Policies = "timeline,milp,thief,uniform,none",
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
     budget: Annotated[float, typer.Option(min=0.01, help="Seconds that a policy may take for a problem.")] = 10.0,
@@ -176,6 +185,8 @@ def compare(
         random=random,
         seed=seed,
         save=save,
+        limits=limits,
+        planning_quantile=planning_quantile,
         policies=names,
         as_json=as_json,
         budget_s=budget,
@@ -203,6 +214,10 @@ def simulate(
         bool, typer.Option("--profiling/--free-profiling", help="Micro-profiling takes its measured time, or none.")
     ] = False,
     gate: Annotated[bool, typer.Option(help="Refuse retrained models that are no better.")] = True,
+    link: Annotated[
+        str, typer.Option(help="Streams may also be retrained in the cloud over cellular, satellite or two-cellular.")
+    ] = "",
+    planning_quantile: Quantile = 0.5,
     budget: Budget = 0.5,
     as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of tables.")] = False,
     out: Annotated[Path | None, typer.Option(help="Folder for JSON and plots.")] = None,
@@ -225,6 +240,8 @@ def simulate(
         profiling=profiling,
         gate=gate,
         min_accuracy=min_accuracy,
+        link=f"cloud:{link}" if link else "",
+        planning_quantile=planning_quantile,
     )
     simulate_policies(
         make_study(trace, inference, knobs, budget, reuse),

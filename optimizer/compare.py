@@ -18,7 +18,7 @@ from rich.table import Table
 from optimizer.objective import Verdict, judge, upper_bound_trivial
 from optimizer.planner import Planner
 from optimizer.policies.registry import policy_entry
-from optimizer.problems import load_problem, parse_size, random_problem, save_problem
+from optimizer.problems import load_problem, parse_size, random_problem, save_problem, with_limits
 from protocol.codec import save_json
 from protocol.errors import InputError, PlanError
 from protocol.plan import Plan, Problem
@@ -58,6 +58,8 @@ def compare(
     random: str | None = None,
     seed: int = 0,
     save: str | Path | None = None,
+    limits: bool = False,
+    planning_quantile: float | None = None,
     policies: Sequence[str] = ("timeline", "milp", "thief", "uniform", "none"),
     as_json: bool = False,
     budget_s: float = 10.0,
@@ -69,6 +71,8 @@ def compare(
     Args:
         problem_paths: saved problems.
         random: STREAMSxGPUSxCONFIGURATIONS of a problem to make besides, from ``seed``; ``save`` keeps it.
+        limits: give the random problem latency limits, own windows, a label budget, unsure gains and a link.
+        planning_quantile: plan on this quantile of uncertain gains; None = as the problem says.
         policies: names as in ``policies.registry``.
         as_json: print a JSON list of rows instead of tables.
         budget_s: seconds that a policy may take for a problem.
@@ -80,6 +84,10 @@ def compare(
     """
     if save is not None and random is None:
         raise InputError("--save keeps a random problem: give --random STREAMSxGPUSxCONFIGURATIONS as well")
+    if limits and random is None:
+        raise InputError("--limits changes a random problem: give --random STREAMSxGPUSxCONFIGURATIONS as well")
+    if planning_quantile is not None and not 0.0 < planning_quantile <= 0.5:
+        raise InputError(f"--planning-quantile {planning_quantile:g}: above 0 and at most 0.5 (what is expected)")
     if not policies:
         raise InputError("--policies: name at least one policy")
     for name in policies:
@@ -87,11 +95,18 @@ def compare(
     problems: dict[str, Problem] = {str(path): load_problem(path) for path in problem_paths}
     if random is not None:
         made = random_problem(*parse_size(random), seed)
-        problems[f"{random.strip()}-seed{seed}"] = made
+        if limits:
+            made = with_limits(made, seed)
+        problems[f"{random.strip()}-seed{seed}{'-limits' if limits else ''}"] = made
         if save is not None:
             save_problem(made, save)
     if not problems:
         raise InputError("nothing to compare: name problem files, or make a problem with --random 10x8x18")
+    if planning_quantile is not None:
+        problems = {
+            name: msgspec.structs.replace(problem, planning_quantile=planning_quantile)
+            for name, problem in problems.items()
+        }
     folder = _folder(plan_out)
     outcomes = solve_all(problems, list(dict.fromkeys(policies)), budget_s)
     if folder is not None:

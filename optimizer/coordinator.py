@@ -10,6 +10,7 @@ clock, no files. The service carries the outputs out; tests and simulations driv
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
@@ -18,6 +19,7 @@ from optimizer import latencies, questions
 from optimizer.asking import WINDOW_PHASES, Asker
 from optimizer.carrying import Carrier
 from optimizer.closing import Closer
+from optimizer.clouds import CloudCarrier
 from optimizer.config import SiteConfig
 from optimizer.correcting import Corrector
 from optimizer.degrading import notice_conditions
@@ -26,6 +28,7 @@ from optimizer.emitter import Emitter
 from optimizer.following import serving_job_id
 from optimizer.pipeline import Pipeline
 from optimizer.ports import (
+    CloudDone,
     ExecutorGone,
     ExecutorJoined,
     Finish,
@@ -44,14 +47,17 @@ from optimizer.windows import opens
 from protocol import messages as m
 from protocol.events import ExecutorChanged, RetrainFinished, StreamAccuracy, WindowOpened
 from protocol.plan import PlanVersion
-from protocol.schema import LiveSource
+from protocol.schema import LinkSpec, LiveSource
 
 # The first window opens at the latest so long after the first models were there.
 _START_S = 15.0
 
 
 class Coordinator:
-    """Owns the state of a site. ``num_windows`` None = for ever; ``adopting``: the state comes from an earlier life."""
+    """Owns the state of a site. ``num_windows`` None = for ever; ``adopting``: the state comes from an earlier life.
+
+    ``links``: to a cloud that retrains, where somebody carries out what a `CloudQueue` says (simulations do).
+    """
 
     def __init__(
         self,
@@ -60,6 +66,7 @@ class Coordinator:
         state: SiteState,
         num_windows: int | None = None,
         adopt_until_s: float | None = None,
+        links: Sequence[LinkSpec] = (),
     ) -> None:
         self.site = site
         self.state = state
@@ -70,10 +77,11 @@ class Coordinator:
         self._num_windows = num_windows
         self._adopt_until_s = adopt_until_s
         self._emit = Emitter()
-        self._asker = Asker(site, state, self.executors, self._emit)
+        self._asker = Asker(site, state, self.executors, self._emit, tuple(links))
         self._carrier = Carrier(state, self._specs, self.executors)
         self._watcher = Watcher(site, state, self._specs, self.executors, profiler, self._emit, self._asker.want)
         self._corrector = Corrector(site.correction, state, self.executors, self._emit, self._asker.want, self._settle)
+        self._clouds = CloudCarrier(state, self._specs, links, self._emit)
         self._closer = Closer(self._specs, profiler, self._emit)
         self._dispatcher = Dispatcher(state, self._specs, self.executors, self._emit)
         self._over = False
@@ -88,6 +96,7 @@ class Coordinator:
         """Take one input at site time ``now``; return what is to be done about it, in order."""
         if self._over:
             return []
+        self._clouds.advance(now)
         match event:
             case ExecutorJoined(hello=hello):
                 self._joined(hello)
@@ -104,6 +113,8 @@ class Coordinator:
                 return self._measured_latency(measured)
             case Progressed(event=progress):
                 self._corrector.progressed(progress, now)
+            case CloudDone(job_id=job_id, result=result):
+                self._retrained(m.RetrainDone(event_id=0, executor_id="cloud", job_id=job_id, result=result), now)
             case Tick():
                 pass
         for reason in notice_conditions(self.state, self.executors, now):
@@ -120,6 +131,8 @@ class Coordinator:
             if self.state.phase != "finished":
                 self._carrier.follow(now)
                 self._carrier.let_go(now)
+                self._clouds.follow()
+                self._clouds.dispatch()
                 self._watcher.assign(now)
                 self._dispatcher.dispatch(now)
         return self._emit.take()
@@ -271,21 +284,23 @@ class Coordinator:
             self._no_first_model(stream, f"the first model of {result.stream_id} cannot be made: {result.reason}")
             return
         running = stream.running if stream.running and stream.running.job.job_id == message.job_id else None
+        sent = stream.sent if stream.sent and stream.sent.job.job_id == message.job_id else None
+        known = running or sent
         if result.checkpoint is not None and result.checkpoint.version <= stream.judged_version:
             return  # it was said before
-        base = running.job.checkpoint if running else None
+        base = known.job.checkpoint if known else None
         verdict = self._watcher.retrained(stream, result, base, now)
         promoted = verdict.decision == "promoted"
-        if running is not None:
+        if known is not None:
             self._settle(stream)
             self._asker.want(f"retraining of {result.stream_id} ended")
             self._profiler.retrained(
                 self._specs[result.stream_id],
                 result,
-                running.accuracy_predicted,
-                running.work_s,
+                known.accuracy_predicted,
+                running.work_s if running else result.busy_s,  # the cloud's time says nothing about ours
                 promoted,
-                run=questions.how_it_ran(running, self.executors.get(running.executor_id), now),
+                run=questions.how_it_ran(running, self.executors.get(running.executor_id), now) if running else None,
             )
         self._emit.publish(
             RetrainFinished(
@@ -294,11 +309,11 @@ class Coordinator:
                 retrain_id=result.config.config_id,
                 accuracy_before=result.accuracy_before,
                 accuracy_after=result.accuracy_after,
-                accuracy_predicted=running.accuracy_predicted if running else None,
+                accuracy_predicted=known.accuracy_predicted if known else None,
                 seconds=result.busy_s,
                 seconds_predicted=running.work_s if running else None,
                 promoted=promoted,
-                reason=verdict.reason if running else f"ended after its window: {verdict.reason}",
+                reason=verdict.reason if known else f"ended after its window: {verdict.reason}",
             )
         )
 
@@ -329,7 +344,7 @@ class Coordinator:
             self._emit.notice("warning", f"{reason}; it is tried again in the next window")
 
     def _settle(self, stream: StreamState) -> None:
-        stream.running, stream.settled = None, True
+        stream.running, stream.sent, stream.settled = None, None, True
         if stream.stream_id not in self.state.ended:
             self.state.ended.append(stream.stream_id)
 
@@ -384,8 +399,8 @@ class Coordinator:
             stream.stage = "done" if first or stream.stream_id not in opening else "label"
             stream.swapped = False
             if stream.stream_id in opening:
-                stream.running, stream.settled = None, False
-            if stream.running is None:
+                stream.running, stream.sent, stream.settled = None, None, False
+            if stream.running is None and stream.sent is None:
                 stream.retrain_id = ""
             latencies.forget_old(stream)
             stream.shortfall = self._closer.shortfall(stream, window - 1)

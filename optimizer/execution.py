@@ -102,7 +102,10 @@ def most_label_seconds(stream: StreamProfile) -> float:
 
 
 def transfer_times(link: LinkSpec, queue: Sequence[CloudProfile]) -> list[tuple[float, float]]:
-    """(start of the up-link transfer, arrival of the model) of retrainings in their order on ``link`` (rule 8)."""
+    """(start of the up-link transfer, arrival of the model) of retrainings in their order on ``link`` (rule 8).
+
+    ``optimizer.clouds.advance`` is the same rule step by step, for what is under way.
+    """
     times: list[tuple[float, float]] = []
     up_end_s = down_end_s = 0.0
     for profile in queue:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 from protocol.events import RetrainProgress, StreamAccuracy, TelemetryEvent
-from protocol.messages import Down, Hello, Up
+from protocol.messages import Down, Hello, RetrainJob, Up
 from protocol.plan import Plan, Problem, StreamProfile
 from protocol.schema import (
     DatasetRef,
@@ -61,11 +61,18 @@ class Progressed(Record, frozen=True, kw_only=True):
     event: RetrainProgress
 
 
+class CloudDone(Record, frozen=True, kw_only=True):
+    """The model of a retraining in the cloud is there."""
+
+    job_id: str
+    result: RetrainResult
+
+
 class Tick(Record, frozen=True, kw_only=True):
     """Time has passed."""
 
 
-Input = ExecutorJoined | ExecutorGone | Received | Solved | Measured | Progressed | Tick
+Input = ExecutorJoined | ExecutorGone | Received | Solved | Measured | Progressed | CloudDone | Tick
 
 # ---------------------------------------------------------------- out
 
@@ -88,6 +95,23 @@ class Solve(Record, frozen=True, kw_only=True):
     phase: str
 
 
+class CloudJob(Record, frozen=True, kw_only=True):
+    """One retraining in the cloud and what is left of it: bytes to send, seconds to wait, bytes to fetch."""
+
+    job: RetrainJob
+    up_bytes: float
+    cloud_s: float
+    down_bytes: float
+
+
+class CloudQueue(Record, frozen=True, kw_only=True):
+    """All that a link should transfer, in order; what is not named any more is given up. Said by coordinators that
+    were given links."""
+
+    link_id: str
+    jobs: tuple[CloudJob, ...]
+
+
 class Save(Record, frozen=True, kw_only=True):
     """The state changed in a way that must survive a restart."""
 
@@ -99,7 +123,7 @@ class Finish(Record, frozen=True, kw_only=True):
     reason: str
 
 
-Output = Send | Publish | Solve | Save | Finish
+Output = Send | Publish | Solve | CloudQueue | Save | Finish
 
 # ---------------------------------------------------------------- profiler
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from optimizer.checks import check_problem, parse_problem
 from protocol.errors import InputError
-from protocol.plan import InferenceProfile, Problem, RetrainProfile, StreamProfile
-from protocol.schema import GpuSpec, InferenceConfig, RetrainConfig
+from protocol.plan import CloudProfile, InferenceProfile, Problem, RetrainProfile, StreamProfile
+from protocol.schema import GpuSpec, InferenceConfig, LinkSpec, RetrainConfig
 
-__all__ = ["check_problem", "load_problem", "parse_size", "random_problem", "save_problem"]
+__all__ = ["check_problem", "load_problem", "parse_size", "random_problem", "save_problem", "with_limits"]
 
 EPOCHS = (5, 15, 30)
 FRAME_INTERVALS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20)
@@ -88,6 +88,64 @@ def _random_stream(stream_id: str, num_retrain: int, rng: np.random.Generator) -
         accuracy_now=round(accuracy_now, 4),
         inference=inference,
         retrain=tuple(retrain[:num_retrain]),
+    )
+
+
+def with_limits(problem: Problem, seed: int) -> Problem:
+    """``problem`` with everything that a plan may have to keep to besides shares; made for problems of 200 s.
+
+    Latency: 0.02 to 0.2 s, the longer the rarer frames are analysed; four streams in five have a limit that some of
+    their configurations break. Half of the streams have an own window of 60 to 200 s. Labels of a retraining cost up to
+    6 s; the budget is a third of what all streams could want. Gains have standard errors of 0.01 to 0.1. Three
+    streams in five may be retrained in the cloud over a cellular link (5.1 Mb/s up, 17.5 down; 10 MB up, 50 MB down).
+    """
+    rng = np.random.default_rng([seed, 1])
+    streams = tuple(_limited_stream(stream, rng) for stream in problem.streams)
+    wanted = sum(max((p.label_seconds for p in stream.retrain), default=0.0) for stream in streams)
+    link = LinkSpec(link_id="cellular", up_bytes_per_s=5.1e6 / 8, down_bytes_per_s=17.5e6 / 8)
+    return msgspec.structs.replace(
+        problem, streams=streams, links=(link,), label_budget_s=round(wanted / 3.0, 3), planning_quantile=0.3
+    )
+
+
+def _limited_stream(stream: StreamProfile, rng: np.random.Generator) -> StreamProfile:
+    count = len(stream.inference)
+    quickest, slowest = float(rng.uniform(0.02, 0.05)), float(rng.uniform(0.1, 0.2))
+    latencies = [quickest + (slowest - quickest) * index / max(1, count - 1) for index in range(count)]
+    limit_s = round(float(rng.uniform(0.5 * (quickest + slowest), slowest)), 4) if rng.random() < 0.8 else None
+    retrain = tuple(
+        msgspec.structs.replace(
+            profile,
+            accuracy_error=round(float(rng.uniform(0.01, 0.1)), 4),
+            label_seconds=round(float(rng.uniform(0.0, 6.0)), 3),
+        )
+        for profile in stream.retrain
+    )
+    cloud: tuple[CloudProfile, ...] = ()
+    if rng.random() < 0.6 and retrain:
+        best = max(retrain, key=lambda profile: profile.accuracy_after)
+        cloud = (
+            CloudProfile(
+                retrain_id="cloud",
+                link_id="cellular",
+                accuracy_after=best.accuracy_after,
+                up_bytes=int(rng.integers(8_000_000, 12_000_000)),
+                cloud_seconds=round(float(rng.uniform(0.0, 10.0)), 3),
+                down_bytes=50_000_000,
+                accuracy_error=best.accuracy_error,
+                label_seconds=best.label_seconds,
+            ),
+        )
+    return msgspec.structs.replace(
+        stream,
+        inference=tuple(
+            msgspec.structs.replace(profile, latency_s=round(latency_s, 4))
+            for profile, latency_s in zip(stream.inference, latencies, strict=True)
+        ),
+        retrain=retrain,
+        cloud=cloud,
+        max_latency_s=limit_s,
+        window_s=round(float(rng.uniform(60.0, 200.0)), 1) if rng.random() < 0.5 else None,
     )
 
 

@@ -8,13 +8,14 @@ from collections.abc import Mapping
 import msgspec
 
 from optimizer import latencies
+from optimizer.clouds import what_is_left
 from optimizer.config import SiteConfig
 from optimizer.degrading import least
 from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency
 from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
 from optimizer.windows import own_left_s
-from protocol.plan import InferenceProfile, Problem, RetrainProfile, StreamProfile
-from protocol.schema import GpuSpec, RetrainRun, StreamSpec
+from protocol.plan import CloudProfile, InferenceProfile, Problem, RetrainProfile, StreamProfile
+from protocol.schema import GpuSpec, LinkSpec, RetrainRun, StreamSpec
 
 _NUMBER = re.compile(r":\d+")
 # What is left of a retraining that has used up its estimate: it cannot be known, but it is not nothing.
@@ -80,17 +81,27 @@ def make_problem(
     left_s: float,
     reserved_share: float,
     with_retraining: bool,
+    links: tuple[LinkSpec, ...] = (),
 ) -> Problem | None:
     """What is to be planned now, None when no executor or no profiled stream is there.
 
     ``reserved_share`` is kept free on every GPU, and the site's ``watch_share`` besides where a new model is compared
-    with the old one; ``left_s`` is what is left of the site's window, seconds. The plan looks ahead to the end of the
-    longest own window of a stream (``windows.py``).
+    with the old one; ``links``: to a cloud that somebody talks to; ``left_s`` is what is left of the site's window,
+    seconds. The plan looks ahead to the end of the longest own window of a stream (``windows.py``).
     """
     specs = {spec.stream_id: spec for spec in site.streams}
     lefts = {sid: own_left_s(spec, state.window, left_s, site.window_s) for sid, spec in specs.items()}
     streams = tuple(
-        _stream(stream, specs[stream.stream_id], executors, now, with_retraining, state.window, lefts[stream.stream_id])
+        _stream(
+            stream,
+            specs[stream.stream_id],
+            executors,
+            now,
+            with_retraining,
+            state.window,
+            lefts[stream.stream_id],
+            links,
+        )
         for stream in state.streams.values()
         if stream.checkpoint and stream.profile and stream.stream_id not in state.shed
     )
@@ -115,6 +126,7 @@ def make_problem(
         config_change_s=site.config_change_s,
         migration_s=site.migration_s,
         planning_quantile=site.planning_quantile,
+        links=links,
     )
 
 
@@ -149,12 +161,13 @@ def _stream(
     with_retraining: bool,
     window: int,
     left_s: float,
+    links: tuple[LinkSpec, ...],
 ) -> StreamProfile:
     assert stream.profile is not None
     choices: tuple[RetrainProfile, ...] = ()
     if not stream.settled:
         running = stream.running
-        if running is None and with_retraining and not stream.degraded:
+        if running is None and with_retraining and not stream.degraded and not (stream.sent and stream.sent.begun):
             choices = tuple(p for p in stream.profile.retrain if stream.penalties.get(p.retrain_id, -1) < window)
         elif running is not None and running.executor_id in executors:
             known = next((p for p in stream.profile.retrain if p.retrain_id == running.retrain_id), None)
@@ -166,6 +179,7 @@ def _stream(
         stream.profile,
         inference=least(inference) if stream.degraded else inference,
         retrain=choices,
+        cloud=_cloud(stream, with_retraining, window) if links else (),
         min_accuracy=spec.min_accuracy,
         weight=spec.weight,
         max_latency_s=spec.max_latency_s,
@@ -173,6 +187,18 @@ def _stream(
         serving_gpu=stream.serving_executor if stream.serving_executor in executors else None,
         serving_inference=stream.serving_config.config_id if stream.serving_config else None,
     )
+
+
+def _cloud(stream: StreamState, with_retraining: bool, window: int) -> tuple[CloudProfile, ...]:
+    """What the cloud could do for a stream; once its turn on a link has come, only to go on."""
+    if stream.settled or stream.running is not None or stream.profile is None:
+        return ()
+    if stream.sent is not None and stream.sent.begun:
+        sent = stream.sent
+        return tuple(what_is_left(p, sent) for p in stream.profile.cloud if p.retrain_id == sent.retrain_id)
+    if not with_retraining or stream.degraded:
+        return ()
+    return tuple(p for p in stream.profile.cloud if stream.penalties.get(p.retrain_id, -1) < window)
 
 
 def _as_measured(stream: StreamState, profile: InferenceProfile) -> InferenceProfile:

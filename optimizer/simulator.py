@@ -11,14 +11,18 @@ import heapq
 import itertools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
+from optimizer.clouds import advance as transfer_for
+from optimizer.clouds import arrived, first_arrival_s
 from optimizer.coordinator import Coordinator
 from optimizer.execution import share_efficiency
 from optimizer.ports import (
+    CloudDone,
+    CloudQueue,
     ExecutorGone,
     ExecutorJoined,
     Finish,
@@ -32,6 +36,7 @@ from optimizer.ports import (
     Solved,
     Tick,
 )
+from optimizer.state import Transfer
 from protocol import messages as m
 from protocol.errors import PlanError
 from protocol.events import StreamAccuracy, TelemetryEvent
@@ -42,6 +47,7 @@ from protocol.schema import (
     GpuSpec,
     InferenceConfig,
     LabelResult,
+    LinkSpec,
     PairedCounts,
     RetrainResult,
     TrialResult,
@@ -229,6 +235,60 @@ class SimulatedExecutor:
         return self.gpu.speed * share_efficiency(self.gpu, running.job.share)
 
 
+class SimulatedCloud:
+    """Links and the cloud behind them in virtual time: transfers by rule 8 of the execution model."""
+
+    def __init__(self, links: Sequence[LinkSpec], world: World) -> None:
+        self.links = {link.link_id: link for link in links}
+        self.queues: dict[str, list[Transfer]] = {link.link_id: [] for link in links}
+        self._results: dict[str, RetrainResult] = {}
+        self._world = world
+        self._since_s = 0.0
+
+    def apply(self, wanted: CloudQueue, now: float) -> None:
+        """Take a link's whole queue: what is known goes on from where it is, the rest begins or is given up."""
+        self.advance(now)
+        known = {transfer.job.job_id: transfer for transfer in self.queues[wanted.link_id]}
+        queue = []
+        for turn, entry in enumerate(wanted.jobs):
+            transfer = known.get(entry.job.job_id)
+            if transfer is None:
+                self._results[entry.job.job_id] = self._world.retrain(entry.job)[1]
+                transfer = Transfer(
+                    job=entry.job,
+                    retrain_id=entry.job.config.config_id,
+                    link_id=wanted.link_id,
+                    turn=turn,
+                    up_bytes=entry.up_bytes,
+                    cloud_s=entry.cloud_s,
+                    down_bytes=entry.down_bytes,
+                    accuracy_predicted=0.0,
+                )
+            queue.append(transfer)
+        self.queues[wanted.link_id] = queue
+
+    def advance(self, now: float) -> None:
+        """Transfer until ``now``."""
+        for link_id, queue in self.queues.items():
+            transfer_for(queue, self.links[link_id], now - self._since_s)
+        self._since_s = now
+
+    def next_end_s(self) -> float:
+        """When the next model is there if nothing changes, inf without one."""
+        ends = [self._since_s + first_arrival_s(queue, self.links[link]) for link, queue in self.queues.items()]
+        return min(ends, default=math.inf)
+
+    def take_ended(self, now: float) -> list[CloudDone]:
+        """The models that have arrived by ``now``."""
+        self.advance(now)
+        ended = []
+        for link_id, queue in self.queues.items():
+            there = [transfer.job.job_id for transfer in arrived(queue)]
+            self.queues[link_id] = queue[len(there) :]
+            ended += [CloudDone(job_id=job_id, result=self._results.pop(job_id)) for job_id in there]
+        return ended
+
+
 Solver = Callable[[Problem, Plan | None], Plan]
 
 
@@ -269,6 +329,7 @@ class Simulation:
         *,
         decision_s: Callable[[float], float] = lambda _: 0.0,
         tick_s: float = TICK_S,
+        cloud: SimulatedCloud | None = None,
     ) -> None:
         self.coordinator = coordinator
         self.executors = {executor.executor_id: executor for executor in executors}
@@ -280,6 +341,7 @@ class Simulation:
         self.measures: dict[tuple[str, int], Measure] = {}
         self.share_s: dict[tuple[str, int], float] = {}
         self._world = world
+        self._cloud = cloud or SimulatedCloud((), world)
         self._solver = solver
         self._decision_s = decision_s
         self._tick_s = tick_s
@@ -311,6 +373,8 @@ class Simulation:
             for executor in list(self.executors.values()):
                 for message in executor.take_ended(self.now):
                     self.give(Received(executor_id=executor.executor_id, message=message))
+            for done in self._cloud.take_ended(self.now):
+                self.give(done)
             self.give(Tick())
 
     def _next_s(self) -> float:
@@ -320,6 +384,7 @@ class Simulation:
         coming = [(math.floor(self.now / tick_s + 1e-9) + 1) * tick_s]
         coming += [executor.next_end_s() for executor in self.executors.values()]
         coming += [due for due, _, _ in self._due[:1]]
+        coming.append(self._cloud.next_end_s())
         limits = []
         if state.phase in ("profiling", "planning", "executing"):
             limits.append(self.coordinator.window_end_s())
@@ -346,6 +411,8 @@ class Simulation:
                     self._record(event)
                 case Solve():
                     self._question = output
+                case CloudQueue():
+                    self._cloud.apply(output, self.now)
                 case Finish():
                     self.finish = output
                 case _:

@@ -93,6 +93,25 @@ class Canary(msgspec.Struct, kw_only=True):
     executor_id: str = ""
 
 
+class Transfer(msgspec.Struct, kw_only=True):
+    """A retraining in the cloud: what is left to send up, to wait, and to fetch. ``begun``: its turn has come."""
+
+    job: RetrainJob
+    retrain_id: str
+    link_id: str
+    turn: int
+    up_bytes: float
+    cloud_s: float
+    down_bytes: float
+    accuracy_predicted: float
+    begun: bool = False
+
+    @property
+    def is_there(self) -> bool:
+        """Everything has been sent, waited for and fetched."""
+        return self.up_bytes <= 0.0 and self.cloud_s <= 0.0 and self.down_bytes <= 0.0
+
+
 class Leaving(msgspec.Struct, frozen=True, kw_only=True):
     """Where a stream was served before it moved; it is served there until the new place is ready."""
 
@@ -107,7 +126,8 @@ class StreamState(msgspec.Struct, kw_only=True):
 
     ``shortfall``: how much the last window fell behind what was predicted; such streams are profiled first.
     ``degraded``: it is live and gives no pictures; ``turned_s``: since when its executor says otherwise than this.
-    ``settled``: its retraining of this window ended, was refused or failed; no other is started.
+    ``sent``: its retraining in the cloud, instead of ``running``. ``settled``: its retraining of this window ended,
+    was refused or failed; no other is started.
     ``canary``: a new model on its way; ``judged_version``: the newest that the gate has seen. ``penalties``: the last
     window in which a retraining configuration is not to be tried. ``latencies``: the last ones measured per
     inference configuration, seconds; ``late``: it was told in this window that the one in use is too slow.
@@ -120,6 +140,7 @@ class StreamState(msgspec.Struct, kw_only=True):
     stage: Stage = "label"
     profile: StreamProfile | None = None
     running: RunningRetrain | None = None
+    sent: Transfer | None = None
     settled: bool = False
     swapped: bool = False
     retrain_id: str = ""
@@ -145,6 +166,7 @@ class SiteState(msgspec.Struct, kw_only=True):
     ``pipeline``: the labelling, trial or bootstrap job that each executor runs now. ``room_made``: the
     inference jobs have been planned so that profiling has its share, ``profiling_share``. ``watch_share`` is kept
     free where new models are compared. ``shed``: streams that are not served because there is no room for them.
+    ``links_s``: until when transfers to and from the cloud are accounted for.
     """
 
     site: str
@@ -162,6 +184,7 @@ class SiteState(msgspec.Struct, kw_only=True):
     room_made: bool = False
     profiling_share: float = 0.0
     watch_share: float = 0.0
+    links_s: float = 0.0
     shed: list[str] = []
     clock_s: float = 0.0
     clock_wall_s: float = 0.0

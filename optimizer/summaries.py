@@ -39,17 +39,18 @@ def plan_solved(
 
 def _planned(assignment: Assignment, predicted: float) -> PlannedStream:
     first, last, retrain = assignment.inference[0], assignment.inference[-1], assignment.retrain
+    timed = retrain or assignment.cloud
     return PlannedStream(
         stream_id=assignment.stream_id,
         predicted=predicted,
         inference_id=first.inference_id,
         inference_share=first.share,
         inference_gpu=first.gpu_id,
-        retrain_id=retrain.retrain_id if retrain else "",
+        retrain_id=timed.retrain_id if timed else "",
         retrain_share=retrain.share if retrain else 0.0,
         retrain_gpu=retrain.gpu_id if retrain else "",
-        retrain_start_s=retrain.planned_start_s if retrain else 0.0,
-        retrain_end_s=retrain.planned_end_s if retrain else 0.0,
+        retrain_start_s=timed.planned_start_s if timed else 0.0,
+        retrain_end_s=timed.planned_end_s if timed else 0.0,
         inference_id_after=last.inference_id if last is not first else "",
     )
 

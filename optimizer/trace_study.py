@@ -12,13 +12,15 @@ from pathlib import Path
 
 import msgspec
 
+from optimizer.checks import check_quantum
 from optimizer.coordinator import Coordinator
 from optimizer.objective import judge, stamped
 from optimizer.policies.baselines import cheapest
+from optimizer.policies.reductions import lowered
 from optimizer.policies.registry import Policy, get_policy, policy_entry
 from optimizer.policies.thief import thief
 from optimizer.problems import random_problem
-from optimizer.simulator import SimulatedExecutor, Simulation
+from optimizer.simulator import SimulatedCloud, SimulatedExecutor, Simulation
 from optimizer.state import SiteState
 from optimizer.trace_cloud import LINKS, CloudChoice, arrivals, cloud_factor
 from optimizer.trace_reuse import ReuseTable, is_reuse, load_reuse, only, reuse_policy
@@ -129,6 +131,7 @@ class InProcess:
             return cheapest(problem)  # in force for no time at all
         if not is_reuse(self.name):
             problem = only(problem, None)
+        problem = lowered(problem)  # plans are made and chosen at the planning quantile
         if not self._exact:
             try:
                 return self._policy(problem, self.budget_s)
@@ -168,8 +171,9 @@ def simulate_site(site: TraceSite, policy: str, solver: InProcess, num_gpus: int
         TraceProfiler(site),
         SiteState(site=config.name),
         num_windows=site.knobs.warm_up + site.knobs.num_windows,
+        links=site.links,
     )
-    run = Simulation(coordinator, [], world, solver, tick_s=config.window_s)
+    run = Simulation(coordinator, [], world, solver, tick_s=config.window_s, cloud=SimulatedCloud(site.links, world))
     for gpu_id in initial_gpus(num_gpus):
         run.join(SimulatedExecutor(GpuSpec(gpu_id=gpu_id), world, announces_ready=True))
     run.run()
@@ -276,6 +280,11 @@ def make_study(
     for name, value in (("--full-share", knobs.full_share), ("--share-quantum", knobs.share_quantum)):
         if not 0.0 < value <= 1.0:
             raise InputError(f"{name} {value:g}: a share of a GPU is above 0 and at most 1")
+    check_quantum(knobs.share_quantum, "--share-quantum")
+    if not 0.0 < knobs.planning_quantile <= 0.5:
+        raise InputError(f"--planning-quantile {knobs.planning_quantile:g}: above 0 and at most 0.5 (what is expected)")
+    if knobs.link and knobs.link not in LINKS:
+        raise InputError(f"--link {knobs.link.replace('cloud:', '')}: the links are {', '.join(sorted(LINKS))}")
     if not 0.0 <= knobs.min_accuracy <= 1.0:
         raise InputError(f"--min-accuracy {knobs.min_accuracy:g}: an accuracy is 0 to 1")
     table = BUILT_IN_TABLE if inference is None else load_inference_table(inference)

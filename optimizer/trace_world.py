@@ -8,15 +8,18 @@ accuracy, also where the planner was told otherwise.
 from __future__ import annotations
 
 import hashlib
+import math
+from collections.abc import Sequence
 
 from optimizer.config import BootstrapConfig, GateConfig, ProfilingConfig, SiteConfig
 from optimizer.ports import GateEvidence
 from optimizer.simulator import exact_votes
+from optimizer.trace_cloud import LINKS, MODEL_MB, SENT_PART, VIDEO_MBPS
 from optimizer.trace_reuse import OldModel, ReuseTable, retrain_id
 from optimizer.traces import DrawnStream, InferenceTable, Trace, TracedRetraining, TracedWindow
 from protocol import messages as m
 from protocol.events import StreamAccuracy
-from protocol.plan import InferenceProfile, RetrainProfile, StreamProfile
+from protocol.plan import CloudProfile, InferenceProfile, RetrainProfile, StreamProfile
 from protocol.schema import (
     CanaryResult,
     CheckpointRef,
@@ -24,6 +27,7 @@ from protocol.schema import (
     DatasetRef,
     InferenceConfig,
     LabelResult,
+    LinkSpec,
     Record,
     RetrainConfig,
     RetrainResult,
@@ -43,6 +47,9 @@ class StudyKnobs(Record, frozen=True, kw_only=True):
     GPU share that analysing every frame takes. ``profiling``: whether micro-profiling takes its
     measured GPU-seconds at the start of every window, or nothing. ``gate``: whether a model that is
     no better than the serving one is refused. ``min_accuracy``: floor of every stream.
+    ``link``: name of a link to a cloud (``trace_cloud.LINKS``) over which every stream may be retrained with the
+    configuration that promises most, besides those on the site's GPUs; "" = none. ``planning_quantile``: plans are
+    made on this quantile of the gains, whose errors are those of the trace's predictions.
     """
 
     num_windows: int = 3
@@ -54,6 +61,8 @@ class StudyKnobs(Record, frozen=True, kw_only=True):
     gate: bool = True
     gate_margin: float = 0.0
     min_accuracy: float = 0.0
+    link: str = ""
+    planning_quantile: float = 0.5
 
     @property
     def warm_up(self) -> int:
@@ -73,6 +82,7 @@ class TraceSite:
         reuse: ReuseTable | None = None,
     ) -> None:
         self.knobs, self._reuse = knobs, reuse
+        self._prediction_error = _prediction_error(trace) if knobs.predicted else 0.0
         self.streams = {stream.stream_id: stream for stream in streams}
         self._trace, self._table = trace, table
         self._subsampling = _subsampling(knobs)
@@ -104,8 +114,18 @@ class TraceSite:
             profiling=ProfilingConfig() if knobs.profiling else ProfilingConfig(share=knobs.share_quantum),
             gate=gate,
             migration_s=0.0,
+            planning_quantile=knobs.planning_quantile,
             config_change_s=0.0,
         )
+
+    @property
+    def links(self) -> tuple[LinkSpec, ...]:
+        """The link of the study, if it has one."""
+        if not self.knobs.link:
+            return ()
+        up_mbps, down_mbps = LINKS[self.knobs.link]
+        name = self.knobs.link.replace("cloud:", "")
+        return (LinkSpec(link_id=name, up_bytes_per_s=up_mbps * 1e6 / 8, down_bytes_per_s=down_mbps * 1e6 / 8),)
 
     def window(self, stream_id: str, window: int) -> TracedWindow:
         """The trace's window behind a window of the site."""
@@ -123,6 +143,7 @@ class TraceSite:
         return StreamProfile(
             stream_id=stream_id,
             accuracy_now=traced.accuracy_now,
+            cloud=self._in_cloud(tuple(self._choice(one) for one in retrainings), traced.accuracy_now),
             inference=tuple(
                 InferenceProfile(
                     inference_id=config.config_id,
@@ -146,6 +167,25 @@ class TraceSite:
             ),
         )
 
+    def _in_cloud(self, choices: Sequence[RetrainProfile], accuracy_now: float) -> tuple[CloudProfile, ...]:
+        """The configuration that promises most, retrained in the cloud: the sizes are those of ``trace_cloud``."""
+        best = max(choices, key=lambda choice: choice.accuracy_after, default=None)
+        if not self.links or best is None or best.accuracy_after <= accuracy_now:
+            return ()
+        sent_bytes = VIDEO_MBPS * SENT_PART * self.knobs.window_s * 1e6 / 8
+        return (
+            CloudProfile(
+                retrain_id=f"cloud.{best.retrain_id}",
+                link_id=self.links[0].link_id,
+                accuracy_after=best.accuracy_after,
+                up_bytes=round(sent_bytes),
+                cloud_seconds=0.0,
+                down_bytes=round(MODEL_MB * 1e6 / 8),
+                accuracy_error=best.accuracy_error,
+                config=best.config,
+            ),
+        )
+
     def old_models(self, stream_id: str, window: int) -> dict[str, OldModel]:
         """By the name of the choice: the old model that each policy of reuse would load. None in the warm-up."""
         if self._reuse is None or window < self.knobs.warm_up:
@@ -164,8 +204,21 @@ class TraceSite:
             retrain_id=traced.retrain_id,
             accuracy_after=accuracy_after,
             gpu_seconds=gpu_seconds,
+            accuracy_error=self._prediction_error,
             config=RetrainConfig(config_id=traced.retrain_id, epochs=traced.epochs),
         )
+
+
+def _prediction_error(trace: Trace) -> float:
+    """Root mean square of what the trace's predictions of the accuracy are off."""
+    squares = [
+        (one.accuracy_after - one.accuracy_after_predicted) ** 2
+        for windows in trace.cities.values()
+        for window in windows
+        for one in window.retrainings
+        if one.accuracy_after_predicted is not None
+    ]
+    return math.sqrt(sum(squares) / len(squares)) if squares else 0.0
 
 
 def _subsampling(knobs: StudyKnobs) -> dict[str, float]:

@@ -14,7 +14,7 @@ import msgspec
 
 from optimizer.objective import Verdict, judge
 from optimizer.policies.milp import milp
-from optimizer.policies.reductions import labels_are_short, plain
+from optimizer.policies.reductions import labels_are_short, plain, with_cloud_steps
 from optimizer.policies.thief import thief
 from optimizer.policies.timeline import timeline
 from protocol.errors import PlanError
@@ -36,7 +36,8 @@ def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan]
     plans: list[Plan] = []
     reasons: list[str] = []
     many = len(problem.streams) > _MANY_STREAMS
-    short = labels_are_short(problem)  # then the time-indexed plan spends what the static one does
+    # Then the time-indexed plan spends and sends what the static one does.
+    short = labels_are_short(problem) or any(stream.cloud for stream in problem.streams)
     static = thief if many else milp
     for policy in (static, timeline) if short else (timeline, static):
         left = budget_s * (_TIMELINE_PART if not plans else 1.0) - (time.monotonic() - began)
@@ -83,7 +84,7 @@ def _late(verdict: Verdict) -> bool:
 def _in_plain_words(problem: Problem, budget_s: float, static: Plan | None) -> Plan:
     """The time-indexed plan of a problem that may ask for more than the search knows; no bound is claimed then."""
     known, exact = plain(problem, static)
-    plan = timeline(known, budget_s)
+    plan = with_cloud_steps(timeline(known, budget_s), static)
     if exact:
         return plan
     report = msgspec.structs.replace(plan.report, status="heuristic", bound=None, gap=None)
