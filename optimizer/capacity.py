@@ -7,9 +7,10 @@ easy one. Every answer was simulated itself, and so was its neighbour that no lo
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -143,15 +144,26 @@ def measure_capacity(
     max_streams: int,
     num_streams: int | None,
     max_gpus: int,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> CapacityResult:
-    """Both searches; GPUs are compared with those of the first policy, at ``num_streams`` (None: not at all)."""
-    capacity = [most_streams(study, name, g, target, seeds, max_streams) for g in gpus for name in policies]
+    """Both searches; GPUs are compared with those of the first policy, at ``num_streams`` (None: not at all).
+
+    ``progress`` is told what is searched for.
+    """
+    capacity: list[CapacityRow] = []
+    searches = len(gpus) * (len(policies) + (len(policies) - 1 if num_streams is not None else 0))
+    numbers = itertools.count(1)
+    for g in gpus:
+        for name in policies:
+            progress(f"search {next(numbers)} of {searches}: streams that {name} keeps at {target:g} on {g} GPUs")
+            capacity.append(most_streams(study, name, g, target, seeds, max_streams))
     needs: list[NeedRow] = []
     for g in gpus if num_streams is not None else ():
         assert num_streams is not None
         reference = policies[0]
         wanted = accuracy(study, reference, num_streams, g, seeds)
         for name in policies[1:]:
+            progress(f"search {next(numbers)} of {searches}: GPUs on which {name} is as good as {reference} on {g}")
             needed = fewest_gpus(study, name, num_streams, wanted, seeds, g, max(g, max_gpus))
             at = max(g, max_gpus) if needed is None else needed
             needs.append(
@@ -203,9 +215,18 @@ def capacity(
     folder = make_folder(out)
     console = console or Console()
     began = time.monotonic()
-    result = measure_capacity(
-        study, names, sizes, target, drawn, max_streams=max_streams, num_streams=num_streams, max_gpus=max_gpus
-    )
+    with console.status("") as status:  # on a terminal only
+        result = measure_capacity(
+            study,
+            names,
+            sizes,
+            target,
+            drawn,
+            max_streams=max_streams,
+            num_streams=num_streams,
+            max_gpus=max_gpus,
+            progress=lambda text: status.update(f"{text} ({study.num_simulated} simulations)"),
+        )
     if as_json:
         console.file.write(msgspec.json.format(msgspec.json.encode(result), indent=2).decode() + "\n")
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Sequence
@@ -73,10 +74,12 @@ def simulate(
     began = time.monotonic()
     rows: list[StudyRow] = []
     with console.status("") as status:  # on a terminal only
-        for s, g in sizes:
-            for name in names:
-                status.update(f"{name}: {s} streams on {g} GPUs")
-                rows += [study.row(name, s, g, seed) for seed in drawn]
+        for done, ((s, g), name) in enumerate(itertools.product(sizes, names)):
+            passed_s = time.monotonic() - began
+            status.update(
+                f"{done} of {len(sizes) * len(names)} done in {passed_s:.0f} s; {name}: {s} streams on {g} GPUs"
+            )
+            rows += [study.row(name, s, g, seed) for seed in drawn]
     if as_json:
         console.file.write(msgspec.json.format(msgspec.json.encode(rows), indent=2).decode() + "\n")
     else:
