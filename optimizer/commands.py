@@ -15,6 +15,7 @@ from rich.console import Console
 
 from optimizer.config import SiteConfig, load_site, parse_site
 from optimizer.local import local_devices, run_site
+from optimizer.model_check import check_models
 from optimizer.own_video import DEFAULT_WINDOWS, Wish, write_site
 from optimizer.own_video import check as check_wish
 from optimizer.policies.registry import get_policy
@@ -57,6 +58,7 @@ def run_service(site_file: Path, *, windows: int | None, policy: str | None, out
         InputError: the site file, the policy, the folder or an address is unusable.
     """
     site = _with_policy(load_site(site_file), policy)
+    check_models(site, site_file)
     logs.configure("ekya-optimizer", log_level)
     folder = RunFolder(out or default_folder(site))
     try:
@@ -149,6 +151,7 @@ def run_experiment(
         raise InputError("--policies: name at least one policy, like timeline,milp,thief,none")
     for name in policies:
         get_policy(name)
+    check_models(site, site_file)
     out = out or Path("runs") / f"experiment-{site.name}"
     devices = local_devices(num_executors)
     _fresh(out)

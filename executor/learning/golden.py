@@ -227,6 +227,15 @@ def check_model_name(name: str) -> str:
     )
 
 
+def check_weights(spec: TorchvisionGolden) -> Any:
+    """The published weights that ``spec`` names, not downloaded yet. Raises InputError when there are none."""
+    try:
+        return torchvision.models.get_model_weights(spec.model)[spec.weights]
+    except KeyError:
+        names = ", ".join(entry.name for entry in torchvision.models.get_model_weights(spec.model))
+        raise InputError(f"golden.weights: {spec.model} has no weights {spec.weights!r}; published: {names}") from None
+
+
 def _build(spec: TorchvisionGolden, kind: str) -> nn.Module:
     check_model_name(spec.model)
     # Detection builders would download an ImageNet backbone of their own accord.
@@ -240,11 +249,7 @@ def _build(spec: TorchvisionGolden, kind: str) -> nn.Module:
             )
         fill(model, state, f"golden.weights_file {spec.weights_file}", f"{spec.model} with {num_classes} classes")
         return model.eval()
-    try:
-        weights = torchvision.models.get_model_weights(spec.model)[spec.weights]
-    except KeyError:
-        names = ", ".join(entry.name for entry in torchvision.models.get_model_weights(spec.model))
-        raise InputError(f"golden.weights: {spec.model} has no weights {spec.weights!r}; published: {names}") from None
+    weights = check_weights(spec)
     try:
         published: nn.Module = torchvision.models.get_model(spec.model, weights=weights, progress=False, **options)
     except (OSError, RuntimeError) as error:  # no way to the server, no room, a file cut short
