@@ -10,7 +10,7 @@ import statistics
 import time
 from pathlib import Path
 
-from executor.learning.device import Device
+from executor.learning.device import Device, step_back, step_forward
 from executor.learning.inference import InferenceEngine, Outcome
 from executor.learning.loading import ModelLoader, load_analyser
 from executor.learning.task import task_of
@@ -53,6 +53,8 @@ class StreamServer:
         self, job: InferenceJob, feed: Feed, store: Path, device: Device, link: Link, standby: bool = False
     ) -> None:
         self._job, self._feed, self._store, self._device, self._link = job, feed, store, device, link
+        # What a successor does to get ready is not to be felt by the worker that still serves the stream.
+        self._priority = step_back() if standby else None
         analyser = load_analyser(store, job.checkpoint, job.stream, device, job.config.resolution_px)
         # The first crops of a source may cost a second (background, decoder): not a stream's first second.
         first = feed.first()
@@ -148,6 +150,7 @@ class StreamServer:
             self._wanted = command.checkpoint
         elif isinstance(command, TakeOver):
             self._standby, self._from_s = False, command.at_s
+            step_forward(self._priority)
             self._feed.begin(command.at_s)
         elif isinstance(command, HandOver):
             self._until_s = command.at_s

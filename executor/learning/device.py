@@ -87,6 +87,23 @@ def take_device(name: str) -> Device:
     return Device(name, torch.device("cuda", index), num_units=int(units))
 
 
+def step_back() -> int | None:
+    """Let other processes of the core go first; what :func:`step_forward` takes, None where there is no way back."""
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    may_return = os.geteuid() == 0 or resource.getrlimit(resource.RLIMIT_NICE)[0] >= 20 - before
+    if not may_return:
+        return None
+    os.setpriority(os.PRIO_PROCESS, 0, min(19, before + 15))
+    return before
+
+
+def step_forward(before: int | None) -> None:
+    """End what :func:`step_back` began."""
+    if before is not None:
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, before)
+
+
 _FAULTS = (
     "illegal memory access",
     "device-side assert",
