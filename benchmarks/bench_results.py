@@ -90,51 +90,45 @@ class Table:
         return found[len(found) // 2]
 
 
-def head(first: str) -> None:
-    sizes = [f"{s} x {g}" for s, g in itertools.product(STREAMS, GPUS)]
-    print(f"\n| {first} | {' | '.join(sizes)} |\n|---|{'---|' * len(sizes)}")
-
-
-def spread(name: str, cells: list[str]) -> None:
-    print(f"| {name} | {' | '.join(cells)} |")
+def head(*columns: str) -> None:
+    print(f"\n| streams x GPUs | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}")
 
 
 def print_tables(table: Table) -> None:
     sizes = list(itertools.product(STREAMS, GPUS))
+    policies = (*PLANNERS, "uniform", BEST_FIXED, "fair", "none")
     for kind in ("true", "predicted"):
         print(f"\n{kind} profiles, mean of seeds {', '.join(map(str, table.seeds))}")
-        head("streams x GPUs")
-        for policy in (*PLANNERS, "uniform", BEST_FIXED, "fair", "none"):
-            spread(policy, [f"{table.mean(kind, policy, *size):.3f}" for size in sizes])
-    print("\nPoints of accuracy")
-    head("gain")
-    for kind in ("true", "predicted"):
-        for ours, theirs in (
-            ("timeline", BEST_FIXED),
-            ("timeline", "uniform"),
-            ("timeline", "milp"),
-            ("milp", "thief"),
-            ("timeline", "none"),
-        ):
-            gains = [100.0 * (table.mean(kind, ours, *s) - table.mean(kind, theirs, *s)) for s in sizes]
-            spread(f"{ours} over {theirs}, {kind}", [f"{gain:+.1f}" for gain in gains])
-    for policy in PLANNERS:
-        costs = [100.0 * (table.mean("predicted", policy, *s) - table.mean("true", policy, *s)) for s in sizes]
-        spread(f"{policy}: predicted instead of true", [f"{cost:+.1f}" for cost in costs])
-    print("\nGPUs that baselines need for the accuracy of timeline, true profiles")
-    head("baseline")
+        head(*policies)
+        for s, g in sizes:
+            print(f"| {s} x {g} | {' | '.join(f'{table.mean(kind, name, s, g):.3f}' for name in policies)} |")
+    print("\nPoints of accuracy: gains with true profiles, and what predicted ones cost")
+    pairs = ((BEST_FIXED, "timeline"), ("none", "timeline"), ("milp", "timeline"), ("thief", "milp"))
+    head(
+        *(f"{ours} over {theirs}" for theirs, ours in pairs),
+        f"timeline over {BEST_FIXED}, predicted",
+        *(f"cost of prediction: {name}" for name in PLANNERS),
+    )
+    averages: list[list[float]] = []
+    for s, g in sizes:
+        points = [table.mean("true", ours, s, g) - table.mean("true", theirs, s, g) for theirs, ours in pairs]
+        points.append(table.mean("predicted", "timeline", s, g) - table.mean("predicted", BEST_FIXED, s, g))
+        points += [table.mean("predicted", name, s, g) - table.mean("true", name, s, g) for name in PLANNERS]
+        averages.append(points)
+        print(f"| {s} x {g} | {' | '.join(f'{100.0 * value:+.1f}' for value in points)} |")
+    means = [sum(column) / len(column) for column in zip(*averages, strict=True)]
+    print(f"| mean | {' | '.join(f'{100.0 * value:+.1f}' for value in means)} |")
+    print("\nGPUs that others need for the accuracy of timeline, true profiles; median and longest decision")
+    head(BEST_FIXED, "uniform", "none", *(f"{name}, s" for name in PLANNERS))
     ladder = sorted({*GPUS, *MORE_GPUS})
-    for policy in (BEST_FIXED, "uniform", "none"):
+    for s, g in sizes:
         cells = []
-        for streams, gpus in sizes:
-            accuracy = table.mean("true", "timeline", streams, gpus)
-            enough = [g for g in ladder if g >= gpus and table.mean("true", policy, streams, g) >= accuracy - 1e-9]
-            cells.append(f"{enough[0]} ({enough[0] / gpus:.1f}x)" if enough else f"> {ladder[-1]}")
-        spread(policy, cells)
-    print("\nSeconds per decision, median")
-    head("policy")
-    for policy in (*PLANNERS, "uniform"):
-        spread(policy, [f"{table.median_s(policy, *s):.3f}" for s in sizes])
+        for policy in (BEST_FIXED, "uniform", "none"):
+            wanted_accuracy = table.mean("true", "timeline", s, g) - 1e-9
+            enough = [more for more in ladder if more >= g and table.mean("true", policy, s, more) >= wanted_accuracy]
+            cells.append(f"{enough[0]} ({enough[0] / g:.1f}x)" if enough else f"> {ladder[-1]}")
+        cells += [f"{table.median_s(name, s, g):.3f}" for name in PLANNERS]
+        print(f"| {s} x {g} | {' | '.join(cells)} |")
     print("longest: " + ", ".join(f"{policy} {table.longest_s(policy):.2f} s" for policy in PLANNERS))
 
 
