@@ -147,14 +147,17 @@ def experiment(
     windows: Annotated[int | None, typer.Option(min=1, help="Windows per policy (default: the site's).")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the runs (default: runs/experiment-NAME).")] = None,
     executors: Annotated[int, typer.Option(min=1, help="Local executors, one CPU core each.")] = 2,
+    devices: Annotated[
+        str, typer.Option(help="One local executor for each of these instead, like cuda:0,cuda:1.")
+    ] = "",
 ) -> None:
     """Run the same streams under each policy in turn, for real, and compare the accuracy."""
     from optimizer.commands import run_experiment
+    from optimizer.local import local_devices, parse_devices
 
     names = [name for name in policies.split(",") if name]
-    raise typer.Exit(
-        run_experiment(site_file, names, windows=windows, out=out, num_executors=executors, console=_console())
-    )
+    chosen = parse_devices(devices) if devices else local_devices(executors)
+    raise typer.Exit(run_experiment(site_file, names, windows=windows, out=out, devices=chosen, console=_console()))
 
 
 @app.command()

@@ -142,7 +142,7 @@ def run_experiment(
     *,
     windows: int | None,
     out: Path | None,
-    num_executors: int,
+    devices: Sequence[str],
     console: Console,
 ) -> int:
     """`ekya-optimizer experiment`: the same streams and first models under each policy in turn; the exit code."""
@@ -153,7 +153,6 @@ def run_experiment(
         get_policy(name)
     check_models(site, site_file)
     out = out or Path("runs") / f"experiment-{site.name}"
-    devices = local_devices(num_executors)
     _fresh(out)
     console.print(f"{site.name}: first models for {len(site.streams)} streams", highlight=False)
     first = out / "first-models"

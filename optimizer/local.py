@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from optimizer.ports import ProfilerPort
 from optimizer.recorder import RunFolder
 from optimizer.service import Service, install_stop_signals
 from optimizer.watch import WatchState, render
-from protocol.errors import EkyaError
+from protocol.errors import EkyaError, InputError
 from protocol.events import Notice, PlanSolved, TelemetryEvent, WindowClosed, WindowOpened
 
 _STOP_GRACE_S = 10.0
@@ -34,6 +35,17 @@ def local_devices(count: int) -> tuple[str, ...]:
     """``count`` CPU devices of this machine, fewer when it has fewer cores."""
     cores = sorted(os.sched_getaffinity(0))
     return tuple(f"cpu:{core}" for core in cores[:count])
+
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """Names of devices, separated by commas. Raises InputError for anything else, and for one named twice."""
+    names = tuple(name.strip() for name in text.split(","))
+    for name in names:
+        if not re.fullmatch(r"(cpu|cuda):\d+", name):
+            raise InputError(f"--devices: {name!r} is no device; write cuda:K or cpu:K, separated by commas")
+        if names.count(name) > 1:
+            raise InputError(f"--devices: {name} is named twice; a device has one executor")
+    return names
 
 
 def _end_with_parent() -> None:
