@@ -157,6 +157,19 @@ class _Packing:
             return math.inf
         return asked_latency_s(stream, self.problem.gpus, self.problem.share_quantum) + SECONDS_TOLERANCE
 
+    def least_quanta(self, v: int) -> int:
+        """The fewest quanta with which stream v keeps its floor and its latency limit; 0 where nothing is asked."""
+        stream = self.problem.streams[v]
+        if stream.min_accuracy <= 0.0 and stream.max_latency_s is None:
+            return 0
+        floor, latency_s = self.floor(v), self.latency_s(v)
+        keeping = (
+            min(self.needs[v][lam])
+            for lam, profile in enumerate(stream.inference)
+            if stream.accuracy_now * profile.relative_accuracy >= floor and profile.latency_s <= latency_s
+        )
+        return min(keeping, default=0)
+
     def ladder(self, v: int) -> list[int]:
         """Configurations of stream v from the wished one down, first those that keep floor and latency limit."""
         stream, wish = self.problem.streams[v], self.wishes[v]
@@ -247,7 +260,8 @@ class _Packing:
 def pack(problem: Problem, wishes: Sequence[Wish]) -> list[Placed]:
     """Put ``wishes`` (one per stream) onto the GPUs. PlanError when not even the cheapest configurations fit."""
     packing = _Packing(problem, wishes)
-    order = sorted(range(len(wishes)), key=lambda v: -wishes[v].lam_quanta)
+    # A floor or a latency limit may need more than what is wished: such streams come before those that can give way.
+    order = sorted(range(len(wishes)), key=lambda v: -max(wishes[v].lam_quanta, packing.least_quanta(v)))
     ladders = {v: packing.ladder(v) for v in order}
     if not all(packing.place_inference(v, ladders[v]) for v in order):
         packing = _cheapest_first(problem, wishes, ladders)
