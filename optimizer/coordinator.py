@@ -314,6 +314,8 @@ class Coordinator:
                 seconds_predicted=running.work_s if running else None,
                 promoted=promoted,
                 reason=verdict.reason if known else f"ended after its window: {verdict.reason}",
+                map_before=result.map_before,
+                map_after=result.map_after,
             )
         )
 

@@ -229,6 +229,8 @@ def _retrain_row(e: RetrainFinished) -> RetrainRow:
         retrain_id=e.retrain_id,
         accuracy_before=e.accuracy_before,
         accuracy_after=e.accuracy_after,
+        map_before=e.map_before,
+        map_after=e.map_after,
         accuracy_predicted=e.accuracy_predicted,
         seconds=e.seconds,
         seconds_predicted=e.seconds_predicted,

@@ -78,6 +78,8 @@ class RetrainRow(Record, frozen=True, kw_only=True):
     seconds_predicted: float | None
     promoted: bool
     reason: str
+    map_before: float | None = None
+    map_after: float | None = None
 
 
 class GateRow(Record, frozen=True, kw_only=True):

@@ -258,6 +258,7 @@ def _contention_table(report: Report) -> str:
 
 def _retrain_table(report: Report) -> str:
     colours = stream_colours(report.streams)
+    detectors = any(r.map_after is not None for r in report.retrainings)
     rows = [
         (
             str(r.window),
@@ -267,6 +268,7 @@ def _retrain_table(report: Report) -> str:
             percent(r.accuracy_predicted),
             seconds(r.seconds),
             seconds(r.seconds_predicted),
+            *((f"{percent(r.map_before)} → {percent(r.map_after)}",) if detectors else ()),
             '<span class="yes">promoted</span>' if r.promoted else '<span class="no">refused</span>',
             escape(r.reason),
         )
@@ -280,6 +282,7 @@ def _retrain_table(report: Report) -> str:
         "predicted %",
         "took",
         "predicted",
+        *(("mAP %",) if detectors else ()),
         "gate",
         "reason",
     )

@@ -150,7 +150,8 @@ class RetrainProgress(Event, frozen=True, kw_only=True, tag="retrain_progress"):
 
 
 class RetrainFinished(Event, frozen=True, kw_only=True, tag="retrain_finished"):
-    """A retraining ended and the gate decided whether the model goes live."""
+    """A retraining ended and the gate decided whether the model goes live. ``map_before`` and ``map_after`` as in
+    RetrainResult."""
 
     stream_id: Name
     window: int
@@ -162,6 +163,8 @@ class RetrainFinished(Event, frozen=True, kw_only=True, tag="retrain_finished"):
     seconds_predicted: float | None
     promoted: bool
     reason: str
+    map_before: float | None = None
+    map_after: float | None = None
 
 
 class RetrainCorrected(Event, frozen=True, kw_only=True, tag="retrain_corrected"):

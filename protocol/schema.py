@@ -376,7 +376,8 @@ class PairedCounts(Record, frozen=True, kw_only=True):
 class RetrainResult(Record, frozen=True, kw_only=True, tag="retraining"):
     """A retraining ended. Accuracies are on the same held-out split, before and after; ``paired`` compares both there.
 
-    ``checkpoint`` is None when nothing usable came out; ``reason`` then says why.
+    ``checkpoint`` is None when nothing usable came out; ``reason`` then says why. ``map_before`` and ``map_after``:
+    mean average precision of detectors on that split, for people; None = not measured.
     """
 
     stream_id: Name
@@ -391,6 +392,8 @@ class RetrainResult(Record, frozen=True, kw_only=True, tag="retraining"):
     seconds: Seconds
     reason: str = ""
     paired: PairedCounts = PairedCounts()
+    map_before: Fraction | None = None
+    map_after: Fraction | None = None
 
 
 class CanaryResult(Record, frozen=True, kw_only=True, tag="comparison"):

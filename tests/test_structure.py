@@ -22,6 +22,8 @@ HOMES = {
     "ortools": ("optimizer/policies/",),
     "torch": ("executor/learning/", "executor/worker", "executor/preload.py"),
     "torchvision": ("executor/learning/", "executor/worker", "executor/preload.py"),
+    "torchmetrics": ("executor/learning/", "executor/preload.py"),
+    "pycocotools": ("executor/learning/",),
     "safetensors": ("executor/learning/",),
     "pynvml": ("executor/shares/",),
     "av": ("executor/streams/",),

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from executor.learning import framesets
+from executor.learning import framesets, precision
 from executor.learning.detectors import Detector, Truth
 from executor.learning.device import Device
 from executor.learning.framesets import FrameSet
@@ -82,6 +82,12 @@ class Detection(Task[FrameSet]):
             for number, score in enumerate(_scores(examples, start, found), start):
                 points[number] = score or 0.0
         return points
+
+    def mean_average_precision(
+        self, student: Student, examples: FrameSet, device: Device, stepper: Stepper | None = None
+    ) -> float | None:
+        found = [each for _, batch, _ in _batches(_detector(student), examples, device, stepper) for each in batch]
+        return precision.mean_average_precision(found, [examples.objects(number) for number in range(len(examples))])
 
     def analyser(self, student: Student, device: Device, version: int) -> FrameDetector:
         return FrameDetector(_detector(student), device, version)

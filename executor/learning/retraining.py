@@ -104,6 +104,16 @@ class Retraining:
         points = self._task.points(self.student, self._validation, self._device, self._stepper)
         return paired_counts(points, self._points_before)
 
+    def precision(self, serving: Student | None) -> tuple[float | None, float | None]:
+        """Mean average precision on the held-out split of the serving model and of the student as it is now."""
+        before, after = (
+            None
+            if student is None
+            else self._task.mean_average_precision(student, self._validation, self._device, self._stepper)
+            for student in (serving, self.student)
+        )
+        return before, after
+
     def _record(self, epoch: int, measured: tuple[float, float], start_busy_s: float) -> None:
         accuracy, loss = measured
         result = EpochResult(
@@ -147,6 +157,7 @@ def retrain(
         )
     before = retraining.epochs[0].accuracy
     paired = PairedCounts() if epoch is None else retraining.paired()
+    map_before, map_after = (None, None) if epoch is None else retraining.precision(serving)
     return RetrainResult(
         stream_id=job.stream.stream_id,
         window=job.window,
@@ -160,6 +171,8 @@ def retrain(
         seconds=time.monotonic() - started,
         reason=reason,
         paired=paired,
+        map_before=map_before,
+        map_after=map_after,
     )
 
 

@@ -77,6 +77,12 @@ class Task(ABC, Generic[E]):
         each = [self.evaluate(student, examples.take(np.array([i])), device, stepper)[0] for i in range(len(examples))]
         return np.array(each, np.float64)
 
+    def mean_average_precision(
+        self, student: Student, examples: E, device: Device, stepper: Stepper | None = None
+    ) -> float | None:
+        """The usual figure beside the task's own measure, for people; None where there is none."""
+        return None
+
     @abstractmethod
     def analyser(self, student: Student, device: Device, version: int) -> Analyser:
         """The student, ready to look at frames."""

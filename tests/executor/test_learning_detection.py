@@ -13,7 +13,7 @@ import torchvision
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-from executor.learning import checkpoints, framesets, labeling
+from executor.learning import checkpoints, framesets, labeling, precision
 from executor.learning.detection import Detection, FrameDetector
 from executor.learning.detectors import Detector, EdgeDetector, _targets
 from executor.learning.device import Device
@@ -120,6 +120,28 @@ def test_a_surer_detection_takes_the_box_that_it_shares_with_another() -> None:
     true = boxes((0, 0, 10, 10), (4, 0, 14, 10))
     pair = found(boxes((2, 0, 12, 10), (0, 0, 10, 10)), [0, 0], [0.5, 0.9])
     assert matched(pair, true, np.array([0, 0])).all()
+
+
+def test_mean_average_precision_is_cocos() -> None:
+    pytest.importorskip("torchmetrics")
+    pytest.importorskip("pycocotools")
+    true = [found(boxes((0, 0, 40, 40), (50, 0, 90, 40)), [0, 1]), found(boxes((0, 0, 40, 40)), [0])]
+    assert precision.mean_average_precision(true, true) == pytest.approx(1.0)
+    # One box of class 0 at an overlap of 0.82: found at overlaps up to 0.8, 7 of 10. Class 1 is right at all of them.
+    close = [
+        found(boxes((0, 0, 40, 33), (50, 0, 90, 40)), [0, 1], [0.9, 0.8]),
+        found(boxes((0, 0, 40, 33)), [0], [0.7]),
+    ]
+    assert precision.mean_average_precision(close, true) == pytest.approx((0.7 + 1.0) / 2, abs=1e-3)
+    nothing = found(boxes(), [])
+    assert precision.mean_average_precision([nothing, nothing], true) == pytest.approx(0.0)
+    assert precision.mean_average_precision([nothing], [nothing]) is None
+
+
+def test_without_the_libraries_there_is_no_mean_average_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "available", lambda: False)
+    true = [found(boxes((0, 0, 40, 40)), [0])]
+    assert precision.mean_average_precision(true, true) is None
 
 
 # ---------------------------------------------------------------- data
@@ -306,6 +328,10 @@ def test_a_detector_is_trained_retrained_and_served(store: Path, dataset: Datase
     result = retrain(job, store, CPU, FreeStepper(), lambda: None, lambda _: None)
     assert result.accuracy_before == checkpoints.load(store, first)[1].accuracy
     assert result.accuracy_after > 0.6
+    if precision.available():
+        assert result.map_before is not None
+        assert result.map_after is not None
+        assert 0.1 < result.map_before <= 1.0
     old, new = checkpoints.load(store, first)[0], checkpoints.load(store, result.checkpoint or first)[0]
     assert torch.equal(old.state_dict()["blocks.0.0.weight"], new.state_dict()["blocks.0.0.weight"])
     analyser = load_analyser(store, first, STREAM, CPU, 128)
