@@ -20,6 +20,7 @@ from protocol.schema import (
     Seconds,
     Share,
     StreamCondition,
+    StreamSignals,
     TrialResult,
 )
 
@@ -116,6 +117,7 @@ class StreamStats(Record, frozen=True, kw_only=True, tag="stream_stats"):
     conditions: str = ""
     latency_ms_p99: float = 0.0
     memory_bytes: Bytes = 0
+    signals: StreamSignals | None = None
 
 
 class StreamChanged(Record, frozen=True, kw_only=True, tag="stream_changed"):

@@ -46,4 +46,5 @@ def accuracy_event(job: Job, stats: StreamStats, window: int) -> StreamAccuracy:
         inference_id=stats.inference_id,
         conditions=stats.conditions,
         memory_bytes=stats.memory_bytes,
+        signals=stats.signals,
     )

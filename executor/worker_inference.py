@@ -13,6 +13,7 @@ from pathlib import Path
 from executor.learning.device import Device, step_back, step_forward
 from executor.learning.inference import InferenceEngine, Outcome
 from executor.learning.loading import ModelLoader, load_analyser
+from executor.learning.signals import SignalSums
 from executor.learning.task import task_of
 from executor.links import (
     Command,
@@ -198,6 +199,7 @@ class _Stats:
         self.num_frames = self.num_analysed = self.num_dropped = self.num_objects = self.num_scored = 0
         self.accuracy_sum = 0.0
         self.latencies_ms: list[float] = []
+        self.signals = SignalSums()
 
     def lose(self, num_frames: int) -> None:
         """Frames that came and were given up, and that nothing else is known of."""
@@ -214,6 +216,8 @@ class _Stats:
         if outcome.analysed:
             self.num_analysed += 1
             self.latencies_ms.append(latency_ms)
+        if outcome.found is not None:
+            self.signals.add(outcome.found)
 
     def report(self, now: float, version: int, config_id: str, conditions: str, memory_bytes: int) -> StreamStats:
         return StreamStats(
@@ -230,4 +234,5 @@ class _Stats:
             inference_id=config_id,
             conditions=conditions,
             memory_bytes=memory_bytes,
+            signals=self.signals.means(),
         )

@@ -119,6 +119,12 @@ class Asker:
             state.profiling_share = quanta * self._site.share_quantum
             self.want("profiling has to do with less")
             return
+        if state.phase == "executing" and any(stream.alarm is not None for stream in state.streams.values()):
+            for stream in state.streams.values():
+                if stream.alarm is not None:
+                    stream.alarm, stream.stage = None, "done"  # it waits for the next window
+            self.want("there is no room to look after a drift")
+            return
         if state.watch_share > 0.0 and any(stream.canary for stream in state.streams.values()):
             state.watch_share = 0.0  # comparisons make do with what plans leave over
             self.want("comparing models has to do with less")

@@ -92,6 +92,18 @@ class GateConfig(Record, frozen=True, kw_only=True):
     always_promote: bool = False
 
 
+class DriftConfig(Record, frozen=True, kw_only=True):
+    """What follows from the drift detector (optimizer/drifting.py).
+
+    ``react``: a sudden drift within a window has the stream labelled, profiled and planned at once, if at least the
+    part ``least_left`` of the window is left; labels are taken of the ``label_s`` seconds after the alarm.
+    """
+
+    react: bool = True
+    least_left: Fraction = 0.35
+    label_s: PositiveSeconds = 8.0
+
+
 class CorrectionConfig(Record, frozen=True, kw_only=True):
     """What is done when the epochs of a running retraining tell another story than its estimate.
 
@@ -139,6 +151,7 @@ class SiteConfig(Record, frozen=True, kw_only=True):
     profiling: ProfilingConfig = ProfilingConfig()
     gate: GateConfig = GateConfig()
     correction: CorrectionConfig = CorrectionConfig()
+    drift: DriftConfig = DriftConfig()
 
 
 def load_site(path: Path) -> SiteConfig:

@@ -24,6 +24,7 @@ from optimizer.config import SiteConfig
 from optimizer.correcting import Corrector
 from optimizer.degrading import notice_conditions
 from optimizer.dispatching import Dispatcher
+from optimizer.drifts import Drifts
 from optimizer.emitter import Emitter
 from optimizer.following import serving_job_id
 from optimizer.pipeline import Pipeline
@@ -80,6 +81,7 @@ class Coordinator:
         self._asker = Asker(site, state, self.executors, self._emit, tuple(links))
         self._carrier = Carrier(state, self._specs, self.executors)
         self._watcher = Watcher(site, state, self._specs, self.executors, profiler, self._emit, self._asker.want)
+        self._drifts = Drifts(site, state, self._emit, self._asker.want, self._settle)
         self._corrector = Corrector(site.correction, state, self.executors, self._emit, self._asker.want, self._settle)
         self._clouds = CloudCarrier(state, self._specs, links, self._emit)
         self._closer = Closer(self._specs, profiler, self._emit)
@@ -110,6 +112,7 @@ class Coordinator:
             case Measured(event=measured):
                 self._closer.measured(measured)
                 self._profiler.measured(measured)
+                self._drifts.measured(measured, now)
                 return self._measured_latency(measured)
             case Progressed(event=progress):
                 self._corrector.progressed(progress, now)
@@ -127,12 +130,14 @@ class Coordinator:
             if self.state.phase in WINDOW_PHASES:
                 self._watcher.advance(now)
                 self._corrector.advance(now)
+                self._drifts.advance(now)
             self._asker.ask_if_wanted(now)
             if self.state.phase != "finished":
                 self._carrier.follow(now)
                 self._carrier.let_go(now)
                 self._clouds.follow()
                 self._clouds.dispatch()
+                self._drifts.assign(self._pipeline, self.executors, now)
                 self._watcher.assign(now)
                 self._dispatcher.dispatch(now)
         return self._emit.take()
@@ -406,7 +411,7 @@ class Coordinator:
                 stream.retrain_id = ""
             latencies.forget_old(stream)
             stream.shortfall = self._closer.shortfall(stream, window - 1)
-            stream.predicted = None
+            stream.predicted, stream.alarm = None, None
             stream.penalties = {name: last for name, last in stream.penalties.items() if last >= window}
         for executor in self.executors.values():
             self._learn_shares(executor)
@@ -426,6 +431,7 @@ class Coordinator:
     def _end_window(self, now: float) -> None:
         state = self.state
         self._closer.window_over(state, now)
+        self._drifts.window_over()
         if self._num_windows is not None and state.window + 1 >= self._num_windows:
             self._watcher.conclude(now)
             state.phase = "finished"

@@ -137,7 +137,8 @@ class Pipeline:
         window = max(state.window, 0)
         first = state.origin_s is None
         position = spec.start_s + (0.0 if state.origin_s is None else state.window_opened_s - state.origin_s)
-        name = f"{stream.stream_id}/{BOOTSTRAP_ID if first else f'w{window}'}"
+        urgent = stream.alarm is not None and state.phase == "executing"
+        name = f"{stream.stream_id}/{BOOTSTRAP_ID if first else f'w{window}'}{'/drift' if urgent else ''}"
         if stream.stage == "label":
             # Nobody has kept what a live stream showed before it is served: it is recorded now, for its first model.
             record = isinstance(spec.source, LiveSource) and stream.checkpoint is None
@@ -145,6 +146,10 @@ class Pipeline:
             if record and not first:
                 span = min(site.bootstrap.seconds, 0.5 * site.profiling.limit * site.window_s)
             fps = site.bootstrap.label_fps if first or record else spec.label_fps
+            if urgent:
+                # What came before the drift says nothing about what is to come: few seconds, but as many labels.
+                position = spec.start_s + now - (state.origin_s or 0.0)
+                fps, span = fps * span / site.drift.label_s, site.drift.label_s
             return LabelJob(
                 job_id=f"label/{name}",
                 stream=msgspec.structs.replace(spec, label_fps=min(fps, spec.fps)),
@@ -175,7 +180,7 @@ class Pipeline:
                 next_version=version,
             )
         assert stream.checkpoint is not None
-        wish = self._profiler.choose(spec, window, stream.dataset)
+        wish = self._profiler.choose(spec, window, stream.dataset, drift=stream.drift)
         return TrialJob(
             job_id=f"trial/{name}",
             stream=spec,
@@ -188,6 +193,6 @@ class Pipeline:
             data_share=wish.data_share,
             num_epochs=wish.num_epochs,
             num_frames=wish.num_frames,
-            clip_end_s=position,
+            clip_end_s=spec.start_s + now - (state.origin_s or 0.0) if urgent else position,
             unseen=not first,
         )

@@ -110,11 +110,17 @@ def make_problem(
     horizon_s = max(lefts[stream.stream_id] for stream in streams)
     streams = tuple(msgspec.structs.replace(s, window_s=None) if s.window_s == horizon_s else s for s in streams)
     watching = {s.serving_executor for s in state.streams.values() if s.canary}
+    urgent = {s.serving_executor for s in state.streams.values() if s.alarm is not None and state.phase == "executing"}
     gpus = tuple(
         msgspec.structs.replace(
             executor.gpu,
             gpu_id=executor_id,
-            reserved_share=min(1.0, reserved_share + (state.watch_share if executor_id in watching else 0.0)),
+            reserved_share=min(
+                1.0,
+                reserved_share
+                + (state.watch_share if executor_id in watching else 0.0)
+                + (state.profiling_share if executor_id in urgent else 0.0),
+            ),
         )
         for executor_id, executor in sorted(executors.items())
     )

@@ -112,6 +112,13 @@ class Transfer(msgspec.Struct, kw_only=True):
         return self.up_bytes <= 0.0 and self.cloud_s <= 0.0 and self.down_bytes <= 0.0
 
 
+class DriftAlarm(msgspec.Struct, frozen=True, kw_only=True):
+    """A sudden drift within a window: its frames are waited for, then they are labelled and tried on."""
+
+    since_s: float
+    stage: Literal["waiting", "profiling"] = "waiting"
+
+
 class Leaving(msgspec.Struct, frozen=True, kw_only=True):
     """Where a stream was served before it moved; it is served there until the new place is ready."""
 
@@ -129,7 +136,10 @@ class StreamState(msgspec.Struct, kw_only=True):
     ``sent``: its retraining in the cloud, instead of ``running``. ``settled``: its retraining of this window ended,
     was refused or failed; no other is started.
     ``canary``: a new model on its way; ``judged_version``: the newest that the gate has seen. ``penalties``: the last
-    window in which a retraining configuration is not to be tried. ``latencies``: the last ones measured per
+    window in which a retraining configuration is not to be tried.
+    ``drift``: how far it is from what its model was made for, 0..1, None = not known; ``alarm``: a sudden drift of
+    this window that is acted upon.
+    ``latencies``: the last ones measured per
     inference configuration, seconds; ``late``: it was told in this window that the one in use is too slow.
     """
 
@@ -153,6 +163,8 @@ class StreamState(msgspec.Struct, kw_only=True):
     canary: Canary | None = None
     judged_version: int = 0
     penalties: dict[str, int] = {}
+    drift: float | None = None
+    alarm: DriftAlarm | None = None
     degraded: bool = False
     turned_s: float | None = None
     latencies: dict[str, list[float]] = {}

@@ -19,6 +19,7 @@ from protocol.schema import (
     RetrainConfig,
     Seconds,
     StreamCondition,
+    StreamSignals,
 )
 
 JobKind = Literal["inference", "label", "trial", "retrain", "canary"]
@@ -113,6 +114,7 @@ class StreamAccuracy(Event, frozen=True, kw_only=True, tag="stream_accuracy"):
     conditions: str = ""
     latency_ms_p99: float = 0.0
     memory_bytes: Bytes = 0
+    signals: StreamSignals | None = None
 
 
 class JobShare(Event, frozen=True, kw_only=True, tag="job_share"):
@@ -206,6 +208,16 @@ class GateDecided(Event, frozen=True, kw_only=True, tag="gate_decided"):
     reason: str
 
 
+class DriftScored(Event, frozen=True, kw_only=True, tag="drift_scored"):
+    """How far a stream is from what its model was made for; ``signal`` says so. ``alarm``: sudden, just noticed."""
+
+    stream_id: Name
+    window: int
+    score: Fraction
+    signal: str
+    alarm: bool
+
+
 class LabelsCollected(Event, frozen=True, kw_only=True, tag="labels_collected"):
     stream_id: Name
     window: int
@@ -270,6 +282,7 @@ TelemetryEvent = (
     | RetrainFinished
     | RetrainCorrected
     | GateDecided
+    | DriftScored
     | LabelsCollected
     | ProfileEstimated
     | StreamDegraded

@@ -364,6 +364,19 @@ class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
     seconds: Seconds
 
 
+class StreamSignals(Record, frozen=True, kw_only=True):
+    """What serving tells about drift for nothing. ``confidence``: mean of the student's belief in what it says, 0..1.
+
+    ``class_counts``: objects by the class that the student saw. ``look``: of the crops, mean red, green and blue and
+    the spread of brightness, 0..1; empty where the student does not look at crops.
+    """
+
+    num_objects: Count
+    confidence: Fraction
+    class_counts: tuple[int, ...]
+    look: tuple[float, ...] = ()
+
+
 class PairedCounts(Record, frozen=True, kw_only=True):
     """Two models on the same labels: ``num_won`` of ``num_objects`` road users (not crops: one that is seen in many
     frames counts once) are classified right more often by the new model, ``num_lost`` by the old one."""

@@ -21,6 +21,7 @@ import zmq
 from protocol import codec, sockets
 from protocol.errors import ProtocolError
 from protocol.events import (
+    DriftScored,
     ExecutorChanged,
     GateDecided,
     JobShare,
@@ -63,6 +64,7 @@ def _subject(event: TelemetryEvent) -> str:
             | RetrainFinished()
             | RetrainCorrected()
             | GateDecided()
+            | DriftScored()
             | LabelsCollected()
             | ProfileEstimated()
             | StreamDegraded()
