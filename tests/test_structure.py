@@ -20,6 +20,7 @@ ALLOWED = {
 }
 HOMES = {
     "ortools": ("optimizer/policies/",),
+    "numba": ("optimizer/policies/timeline_pool.py",),
     "torch": ("executor/learning/", "executor/worker", "executor/preload.py"),
     "torchvision": ("executor/learning/", "executor/worker", "executor/preload.py"),
     "torchmetrics": ("executor/learning/", "executor/preload.py"),

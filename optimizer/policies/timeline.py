@@ -2,7 +2,8 @@
 
 1. Model (``timeline_model``): options, retraining modes, rows; what nobody needs is left out.
 2. Bound (``timeline_bound``, ``timeline_pricing``): Lagrangian over prices of share and memory in time.
-3. Plan (``timeline_start``, ``timeline_layout``, ``timeline_search``): placed on single GPUs, exact times.
+3. Plan (``timeline_start``, ``timeline_layout``, ``timeline_search``): placed on single GPUs, exact times; where
+   moving inference is free and streams are few, ``timeline_pool``.
 4. Events (``timeline_plan``): starts name the retrainings that they wait for.
 The mathematics is in docs/timeline.md.
 """
@@ -31,6 +32,7 @@ from optimizer.policies.timeline_exact import exhaust
 from optimizer.policies.timeline_layout import Layout, Placed, Snapshot, Tables
 from optimizer.policies.timeline_model import Model, build_model
 from optimizer.policies.timeline_plan import assignments_of
+from optimizer.policies.timeline_pool import PoolSearch, moves_are_free, prepare
 from optimizer.policies.timeline_pricing import Pricer
 from optimizer.policies.timeline_search import Search
 from optimizer.policies.timeline_start import (
@@ -55,6 +57,9 @@ STEPS_PER_STREAM = 200
 TEMPERATURES = (0.0, 1e-3, 3e-3, 1e-2)  # of the rounds of the search, in turn, per stream
 FINE_STREAMS = 24  # up to here a finer grid is cheap
 PILOT_STEPS = 200
+POOL_STEPS = 400  # of the search over queues, per stream and round
+POOL_TEMPERATURES = (3e-3, 1e-3)  # of its rounds, in turn, per stream
+POOL_PATIENCE = 12
 PATIENCE = 8  # rounds without improvement after which searching ends
 
 
@@ -69,6 +74,7 @@ def timeline(
     The bound covers every plan that keeps the floors (every plan that can be carried out, where the
     floors cannot all be kept), by the judge's measure.
     """
+    prepare()  # once per process; what it takes is not the search's time
     started = time.monotonic()
     if target_gap is None:
         count = len(problem.streams)
@@ -127,10 +133,14 @@ class _Solving:
             everyone = frozenset(range(len(self.judged.streams))) if self.given_up else self.given_up
             later = half + 0.3 * (self.deadline - half)
             self.bound = self._dual(build_model(self.judged, no_floor=everyone), later).bound
-        layout.load(self._improve(layout, dual, self._first_layout(layout, dual)))
-        placed = layout.placed()
+        first = self._first_layout(layout, dual)
+        if moves_are_free(layout.t) and len(self.problem.streams) <= FEW_STREAMS:
+            placed, value = self._improve_queues(layout, dual, first)
+        else:
+            layout.load(self._improve(layout, dual, first))
+            placed, value = layout.placed(), layout.total
         if len(self.problem.streams) <= EXHAUSTIVE_STREAMS and not layout.t.with_changes:
-            placed = self._exhaust(placed, layout.total)
+            placed = self._exhaust(placed, value)
         return self._report(assignments_of(placed), "feasible")
 
     def _exhaust(self, placed: Placed, value: float) -> Placed:
@@ -256,6 +266,29 @@ class _Solving:
             layout.load(best)
             steps = int(1.5 * steps)
         return best
+
+    def _improve_queues(self, layout: Layout, dual: Dual, first: Snapshot) -> tuple[Placed, float]:
+        """The same where moving inference is free: only the queues are searched, inference is packed anew for each."""
+        layout.load(first)
+        count = layout.t.num_streams
+        goal = dual.bound * (1.0 - self.target_gap)
+        if layout.total >= goal:
+            return layout.placed(), layout.total
+        pool = PoolSearch(layout, promising_trainings(layout, dual, dual.bound - layout.total + 1e-9), self.seed)
+        idle, turn, refinable = 0, 0, count <= FINE_STREAMS
+        while pool.best < goal and idle < POOL_PATIENCE and time.monotonic() < self.deadline:
+            before = pool.best
+            pool.run(self.deadline, POOL_STEPS * count, POOL_TEMPERATURES[turn % len(POOL_TEMPERATURES)] / count, goal)
+            turn += 1
+            idle = 0 if pool.best > before + 1e-9 else idle + 1
+            if refinable and goal * (1.0 - self.target_gap) <= pool.best < goal:
+                dual = refined(dual, time.monotonic() + 0.3 * max(0.0, self.deadline - time.monotonic()))
+                refinable = False
+                if self.judged is self.problem and not self.given_up:
+                    self.bound = dual.bound
+                goal = dual.bound * (1.0 - self.target_gap)
+            pool.want(promising_trainings(layout, dual, dual.bound - max(pool.best, layout.total) + 1e-9))
+        return (pool.placed(), pool.best) if pool.best > layout.total else (layout.placed(), layout.total)
 
     # ------------------------------------------------------------ out
 
