@@ -252,7 +252,7 @@ def _search(
                     fresh_before[interval], fresh_reached[interval] = total, until
                     moment = until
                     continue
-                # The smallest choices first, then upgrades, those worth most per quantum first, while all can be packed.
+                # The smallest choices first, then upgrades, worth most per quantum first, while all can be packed.
                 spare = 0
                 for x in range(num_gpus):
                     spare += free[x]
