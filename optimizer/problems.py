@@ -95,9 +95,10 @@ def with_limits(problem: Problem, seed: int) -> Problem:
     """``problem`` with everything that a plan may have to keep to besides shares; made for problems of 200 s.
 
     Latency: 0.02 to 0.2 s, the longer the rarer frames are analysed; four streams in five have a limit that some of
-    their configurations break. Half of the streams have an own window of 60 to 200 s. Labels of a retraining cost up to
-    6 s; the budget is a third of what all streams could want. Gains have standard errors of 0.01 to 0.1. Three
-    streams in five may be retrained in the cloud over a cellular link (5.1 Mb/s up, 17.5 down; 10 MB up, 50 MB down).
+    their configurations break. Half of the streams have an own window of 60 to 200 s. Labels of a retraining cost
+    up to 6 s, the more the larger its group's part of the data; the budget is a third of what all streams could
+    want. Gains have standard errors of 0.01 to 0.1. Three streams in five may be retrained in the cloud over a
+    cellular link (5.1 Mb/s up, 17.5 down; 10 MB up, 50 MB down).
     """
     rng = np.random.default_rng([seed, 1])
     streams = tuple(_limited_stream(stream, rng) for stream in problem.streams)
@@ -113,13 +114,15 @@ def _limited_stream(stream: StreamProfile, rng: np.random.Generator) -> StreamPr
     quickest, slowest = float(rng.uniform(0.02, 0.05)), float(rng.uniform(0.1, 0.2))
     latencies = [quickest + (slowest - quickest) * index / max(1, count - 1) for index in range(count)]
     limit_s = round(float(rng.uniform(0.5 * (quickest + slowest), slowest)), 4) if rng.random() < 0.8 else None
+    groups = max(1, math.ceil(len(stream.retrain) / len(EPOCHS)))
+    most_labels_s = float(rng.uniform(2.0, 6.0))
     retrain = tuple(
         msgspec.structs.replace(
             profile,
             accuracy_error=round(float(rng.uniform(0.01, 0.1)), 4),
-            label_seconds=round(float(rng.uniform(0.0, 6.0)), 3),
+            label_seconds=round(most_labels_s * (index // len(EPOCHS) + 1) / groups, 3),
         )
-        for profile in stream.retrain
+        for index, profile in enumerate(stream.retrain)
     )
     cloud: tuple[CloudProfile, ...] = ()
     if rng.random() < 0.6 and retrain:

@@ -75,11 +75,14 @@ class Option:
 
 
 def undominated(options: list[Option]) -> list[Option]:
-    """Drop every option that another one replaces in each place it could be put (best value first)."""
-    best: dict[tuple[Job, ...], Option] = {}
+    """Drop every option that another one replaces in each place it could be put (best value first).
+
+    A replacement takes no more labels either, and no turn of a link but perhaps the same one.
+    """
+    best: dict[tuple[object, ...], Option] = {}
     ordered = sorted(options, key=lambda o: (o.shortfall, -o.value, sum(job.quanta for job in o.jobs)))
     for option in ordered:
-        best.setdefault(option.jobs, option)
+        best.setdefault((option.jobs, option.label_seconds, _turn(option)), option)
     ordered = list(best.values())
     demands = _Demands(ordered)
     kept: list[Option] = []
@@ -92,6 +95,10 @@ def undominated(options: list[Option]) -> list[Option]:
     return sorted(kept, key=lambda o: -o.value)
 
 
+def _turn(option: Option) -> tuple[str, int] | None:
+    return None if option.turn is None else (option.turn.link_id, option.turn.index)
+
+
 class _Demands:
     """The jobs of many options as columns (the second job is absent, quanta 0, for serve and bundle)."""
 
@@ -102,10 +109,21 @@ class _Demands:
         named = [[job.place.gpus[0] if job.place.fixed else -1 for job in pair] for pair in jobs]
         self.named = np.array(named).reshape(-1, 2)
         self.quanta = np.array([[job.quanta for job in pair] for pair in jobs]).reshape(-1, 2)
+        self.labels_s = np.array([option.label_seconds for option in options])
+        numbers = {turn: n for n, turn in enumerate(dict.fromkeys(_turn(option) for option in options))}
+        self.turn = np.array([numbers[_turn(option)] for option in options])
+        self.no_turn = numbers.get(None, -1)
         self.num_bytes = np.array([[job.num_bytes for job in pair] for pair in jobs], dtype=np.int64).reshape(-1, 2)
 
     def replaced_by(self, better: int) -> NDArray[np.bool_]:
-        """Per option: whether option ``better`` can be put wherever it can be put."""
+        """Per option: whether option ``better`` can be put wherever it can be put, and asks for no more."""
+        cheaper: NDArray[np.bool_] = self.labels_s[better] <= self.labels_s
+        if self.turn[better] != self.no_turn:
+            cheaper &= self.turn == self.turn[better]
+        cheaper &= self._placed_as_well(better)
+        return cheaper
+
+    def _placed_as_well(self, better: int) -> NDArray[np.bool_]:
         if not self.two[better]:
             return self._smaller(better, 0, 0) | (self.two & self._smaller(better, 0, 1))
         straight = self._smaller(better, 0, 0) & self._smaller(better, 1, 1)

@@ -101,18 +101,7 @@ class OptionMaker:
                 found += table.send(place, start_cost_s, c, self.turns.get((self.number[stream.stream_id], c), []))
         if not below_floor:
             found = [option for option in found if option.shortfall <= ACCURACY_TOLERANCE]
-        return self._undominated(found)
-
-    def _undominated(self, options: list[Option]) -> list[Option]:
-        """Best first. Options that take different turns, or different parts of a short label budget, do not replace
-        one another."""
-        kinds: dict[tuple[object, float], list[Option]] = {}
-        for option in options:
-            turn = None if option.turn is None else (option.turn.link_id, option.turn.index)
-            kinds.setdefault((turn, option.label_seconds if self.labels_matter else 0.0), []).append(option)
-        if len(kinds) == 1:
-            return undominated(options)
-        return sorted((o for kind in kinds.values() for o in undominated(kind)), key=lambda o: -o.value)
+        return undominated(found)
 
     def _inference_places(self, stream: StreamProfile) -> list[tuple[Place, NDArray[np.float64]]]:
         """Places for inference with the seconds that starting each configuration there costs."""
@@ -264,7 +253,7 @@ class _Choices:
                         shortfall=shortfall,
                         cloud=c,
                         turn=turn,
-                        label_seconds=profile.label_seconds,
+                        label_seconds=profile.label_seconds if self.maker.labels_matter else 0.0,
                     )
                 )
         return found
@@ -391,5 +380,5 @@ class _Choices:
             lam_after=after,
             moves=moves,
             shortfall=float(shortfall[l, g, m]),
-            label_seconds=profile.label_seconds,
+            label_seconds=profile.label_seconds if self.maker.labels_matter else 0.0,
         )
