@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -11,7 +11,7 @@ from optimizer import latencies
 from optimizer.clouds import what_is_left
 from optimizer.config import SiteConfig
 from optimizer.degrading import least
-from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency
+from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency, share_of
 from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
 from optimizer.windows import own_left_s
 from protocol.plan import CloudProfile, InferenceProfile, Problem, RetrainProfile, StreamProfile
@@ -101,6 +101,7 @@ def make_problem(
             state.window,
             lefts[stream.stream_id],
             links,
+            site.share_quantum,
         )
         for stream in state.streams.values()
         if stream.checkpoint and stream.profile and stream.stream_id not in state.shed
@@ -168,6 +169,7 @@ def _stream(
     window: int,
     left_s: float,
     links: tuple[LinkSpec, ...],
+    share_quantum: float,
 ) -> StreamProfile:
     assert stream.profile is not None
     choices: tuple[RetrainProfile, ...] = ()
@@ -180,7 +182,8 @@ def _stream(
             if known is not None:
                 left = work_left(running, executors[running.executor_id].gpu, now)
                 choices = (msgspec.structs.replace(known, gpu_seconds=left, pinned_gpu=running.executor_id),)
-    inference = tuple(_as_measured(stream, profile) for profile in stream.profile.inference)
+    gpus = [executor.gpu for executor in executors.values()]
+    inference = tuple(_with_latency(stream, profile, gpus, share_quantum) for profile in stream.profile.inference)
     return msgspec.structs.replace(
         stream.profile,
         inference=least(inference) if stream.degraded else inference,
@@ -207,7 +210,17 @@ def _cloud(stream: StreamState, with_retraining: bool, window: int) -> tuple[Clo
     return tuple(p for p in stream.profile.cloud if stream.penalties.get(p.retrain_id, -1) < window)
 
 
-def _as_measured(stream: StreamState, profile: InferenceProfile) -> InferenceProfile:
-    """With the latency that was measured while serving, where it was."""
+def _with_latency(
+    stream: StreamState, profile: InferenceProfile, gpus: Sequence[GpuSpec], quantum: float
+) -> InferenceProfile:
+    """With the latency measured while serving; before that with the estimate at the share that would be granted.
+
+    The estimate is for just the share needed at speed 1; a share that is rounded up to the quantum, and a faster
+    GPU, shorten it. The slowest of the GPUs counts.
+    """
     latency_s = latencies.measured_s(stream, profile.inference_id)
-    return profile if latency_s is None else msgspec.structs.replace(profile, latency_s=latency_s)
+    if latency_s is None:
+        rates = [gpu.speed * share_of(needed_quanta(profile, gpu, quantum), quantum) for gpu in gpus]
+        latency_s = profile.latency_s * profile.gpu_share_needed / min(rates, default=profile.gpu_share_needed)
+        latency_s = min(latency_s, profile.latency_s)
+    return msgspec.structs.replace(profile, latency_s=latency_s)

@@ -10,6 +10,7 @@ import pytest
 from optimizer.config import SiteConfig
 from optimizer.coordinator import Coordinator
 from optimizer.ports import Measured, Tick
+from optimizer.questions import make_problem
 from optimizer.simulator import Simulation
 from optimizer.windows import opens, own_left_s
 from protocol.events import PlanSolved, RetrainFinished, StreamAccuracy, WindowClosed
@@ -157,6 +158,27 @@ def test_a_configuration_that_is_measured_to_be_too_slow_is_replaced_at_once() -
     report_latency(run.coordinator, state.serving_config.config_id, 900.0, run.now)
     run.run(until_s=run.now + 1.0)
     assert len(run.decisions) == questions  # told once in a window
+
+
+def test_an_estimated_latency_is_that_at_the_share_which_would_be_granted() -> None:
+    run = started(None)
+    state = run.coordinator.state.streams["s0"]
+    assert state.profile is not None
+    estimates = tuple(msgspec.structs.replace(p, latency_s=0.5) for p in state.profile.inference)
+    state.profile = msgspec.structs.replace(state.profile, inference=estimates)
+    problem = make_problem(
+        run.coordinator.state,
+        run.coordinator.site,
+        run.coordinator.executors,
+        now=run.now,
+        left_s=50.0,
+        reserved_share=0.0,
+        with_retraining=True,
+    )
+    assert problem is not None
+    # 0.05 of a GPU are needed and 0.1 granted; the others get what they need.
+    found = {p.inference_id: p.latency_s for p in problem.streams[0].inference}
+    assert found == {"full": pytest.approx(0.5), "half": pytest.approx(0.5), "tenth": pytest.approx(0.25)}
 
 
 def test_without_a_limit_latency_is_known_and_changes_nothing() -> None:
