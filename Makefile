@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 OUT    ?= runs
 
-.PHONY: install demo test check bench experiment gpu-check clean
+.PHONY: rtsp-rig install demo test check bench experiment gpu-check clean
 
 install: $(STAMP)
 
@@ -38,6 +38,11 @@ experiment: $(STAMP)
 gpu-check:
 	@mkdir -p $(OUT)
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m executor.gpu_check --out $(OUT)/gpu-check.json
+
+# RTSP cameras for tests and benchmarks/live_cameras.py, from Debian's packages (needs root).
+rtsp-rig:
+	apt-get install -y -q --no-install-recommends gstreamer1.0-rtsp gir1.2-gst-rtsp-server-1.0 \
+	  gstreamer1.0-plugins-base gstreamer1.0-plugins-good gstreamer1.0-plugins-bad python3-gi
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .benchmarks

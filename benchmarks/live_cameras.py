@@ -17,12 +17,10 @@ from pathlib import Path
 
 import msgspec
 
-from tests.cameras.film import write_film
+from tests.cameras.film import SIZE, write_film
 from tests.cameras.rtsp_camera import RtspCamera, why_not
 from tests.cameras.soak import FPS, Outcome, Soak, train_student
 from tests.integration.rig import free_port
-
-SIZE = (320, 240)
 
 
 def bounds(outcome: Outcome) -> list[str]:

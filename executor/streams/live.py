@@ -76,7 +76,6 @@ class LiveReader:
         self._waiting: deque[LivePicture] = deque()
         self._num_lost = 0
         self._stop = threading.Event()
-        self._arrived = threading.Event()
         self._complained_s = -1e9
         self._first_s: float | None = None
         self._thread = threading.Thread(target=self._run, name="live-reader", daemon=True)
@@ -94,7 +93,6 @@ class LiveReader:
                 self._waiting.popleft()
                 self._num_lost += 1
             lost, self._num_lost = self._num_lost, 0
-            self._arrived.clear()
             return (self._waiting.popleft() if self._waiting else None), lost
 
     def health(self, now: float) -> Health:
@@ -210,6 +208,9 @@ class LiveReader:
         time_s = self._stamps.local(_stamp_of(picture), now)
         late_s = now - time_s
         index = self._counter.number(time_s)
+        if index is not None:
+            # First, and never once others may have the picture: two threads must not convert the same one.
+            self._keep(index, picture, now)
         with self._lock:
             self._judge.picture((picture.width, picture.height), now)
             if index is None:
@@ -221,8 +222,6 @@ class LiveReader:
                 while self._waiting and now - self._waiting[0].time_s > self._source.max_latency_s:
                     self._waiting.popleft()
                     self._num_lost += 1
-        self._arrived.set()
-        self._keep(index, picture, now)
         return late_s
 
     def _keep(self, index: int, picture: Any, now: float) -> None:

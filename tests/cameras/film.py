@@ -14,6 +14,7 @@ from executor.streams.city import City
 from protocol.schema import CitySource
 
 CLASSES = ("person", "cyclist", "car", "van", "bus", "motorcycle")
+SIZE = (320, 240)
 _BITS = 16
 _ROWS = 16
 
@@ -25,7 +26,7 @@ def city(seed: int, size: tuple[int, int], fps: float) -> City:
     return City(source, CLASSES, fps)
 
 
-def write_film(path: Path, *, seed: int, num_frames: int, size: tuple[int, int] = (320, 240), fps: int = 10) -> None:
+def write_film(path: Path, *, seed: int, num_frames: int, size: tuple[int, int] = SIZE, fps: int = 10) -> None:
     """A film (.ts or .mp4, by the name; H.264, a key frame every second) of frames 0 to ``num_frames`` - 1."""
     scene = city(seed, size, fps)
     with av.open(str(path), "w") as container:

@@ -39,13 +39,16 @@ from tests.executor.a_core import CORE
 FPS = 10.0
 SETTINGS = 'worker = "tests.cameras.truthful:main"\npreload = "tests.cameras.truthful"\n'
 CONFIG = InferenceConfig(config_id="f1r32", resolution_px=32)
+_TROUBLES = ("kill", "freeze", "noise", "garbage")
+_WARM_S = 5.0  # the first results of a process pay for its set-up
 _SETTLED_S = 8.0  # a camera that is left alone for so long after its trouble is healthy again
 
 
 class Camera(Protocol):
     """What the soak does to a camera; a frozen, spoilt or killed one is well again after ``mend``."""
 
-    url: str
+    @property
+    def url(self) -> str: ...
 
     def hurt(self, how: str) -> None: ...
 
@@ -175,13 +178,14 @@ class Soak:
         unwell_until: dict[str, float] = defaultdict(lambda: -1.0)
         hurt: dict[int, tuple[float, str, int]] = {}
         memory: list[tuple[float, float]] = []
-        next_trouble, next_memory = start + 2.0, start
+        next_trouble, next_memory, num_hurts = start + 2.0, start, 0
         while (now := time.monotonic()) < start + seconds:
             if now >= next_trouble:
                 next_trouble = now + draw.uniform(0.5, 1.5) * trouble_every_s
                 well = [n for n in self.cameras if n % 2 and n not in hurt and now > unwell_until[self.names[n]]]
                 if well and now < start + seconds - 15.0:
-                    number, how = draw.choice(well), draw.choice(["kill", "freeze", "noise", "garbage"])
+                    number, how = draw.choice(well), draw.choice(_TROUBLES) if num_hurts else "kill"
+                    num_hurts += 1
                     self.cameras[number].hurt(how)
                     hurt[number] = (now + draw.uniform(3.0, 6.0), how, tallies[self.names[number]].num_degraded)
                     tallies[self.names[number]].num_troubles += 1
@@ -219,6 +223,9 @@ class Soak:
         while seen != set(self.names):
             assert time.monotonic() < end, f"no results of {set(self.names) - seen}"
             seen |= {event.stream_id for event in self._events() if isinstance(event, StreamAccuracy)}
+        end = time.monotonic() + _WARM_S
+        while time.monotonic() < end:
+            self._events()
 
     def _take(self, tallies: dict[str, StreamTally], unwell_until: dict[str, float]) -> None:
         for event in self._events():

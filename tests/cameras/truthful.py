@@ -16,7 +16,7 @@ from executor.streams.frames import Frame, FrameSource
 from executor.streams.health import Health
 from executor.streams.resize import resize_picture
 from protocol.messages import InferenceJob
-from tests.cameras.film import city, number_of
+from tests.cameras.film import SIZE, city, number_of
 
 
 class TrueFrame:
@@ -46,6 +46,7 @@ class TrueFeed:
         self._feed, self._fps = feed, job.stream.fps
         digits = re.search(r"\d+$", job.stream.stream_id)
         self._seed = int(digits[0]) if digits else 0
+        city(self._seed, SIZE, self._fps).frame(0)  # takes a second, once: not a frame's
 
     def take(self, now: float) -> Taken:
         taken = self._feed.take(now)
