@@ -32,7 +32,8 @@ class StartJob(Record, frozen=True, kw_only=True, tag="start"):
 
     ``origin_s``: this machine's monotonic time at which the stream was at position 0, so that all workers of a
     stream count its frames alike; None: the job's position is that of the worker's start. ``standby``: get ready, then
-    serve nothing until ``TakeOver``.
+    serve nothing until ``TakeOver``. ``cap``: the part of the device that this worker can use at most (an MPS
+    percentage), so that a busy second of it costs ``cap`` GPU-seconds.
     """
 
     job: Job
@@ -41,6 +42,7 @@ class StartJob(Record, frozen=True, kw_only=True, tag="start"):
     pace: bool
     origin_s: float | None = None
     standby: bool = False
+    cap: Share = 1.0
     stats_interval_s: Seconds = 1.0
 
 

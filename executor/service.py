@@ -257,6 +257,8 @@ class Service:
             self._publisher_socket = sockets.telemetry_publisher(self._context, address)
             self._publisher = Publisher(cast(Any, self._publisher_socket), self.executor_id, site_clock=self.site_s)
             self._publisher_address = address
+            if self.backend.remark:
+                self._tell(Notice(level="warning", text=f"{self.executor_id}: {self.backend.remark}"))
 
     def _move(self, old: str, new: str) -> None:
         """Another store is another site: nothing that runs here or is remembered belongs to it."""
@@ -421,6 +423,7 @@ class Service:
                 pace=self.backend.pace,
                 origin_s=worker.origin_s,
                 standby=worker.standby,
+                cap=worker.share_cap,
             )
             self._roster.launched(worker.worker_id, self._supervisor.start(worker.worker_id, start, environment))
         except WorkerError as error:

@@ -44,7 +44,7 @@ class Link:
     def __init__(self, connection: Connection, start: StartJob, device: Device) -> None:
         self._connection, self._device, self._pace = connection, device, start.pace
         self._interval_s = start.stats_interval_s
-        self._share = start.job.share
+        self._share, self._cap = start.job.share, start.cap
         self._pacer = self._new_pacer()
         self._count = 0
         self._reported = time.monotonic()
@@ -52,8 +52,8 @@ class Link:
         self.stopping = ""
 
     def busy_s(self) -> float:
-        """Busy seconds of the device consumed by this process."""
-        return self._device.busy_s()
+        """Busy seconds of the whole device consumed by this process: half of them count where it can use half of it."""
+        return self._device.busy_s() * self._cap
 
     def start_afresh(self) -> None:
         """Forget what starting up has consumed: a share is owed from the first step on."""

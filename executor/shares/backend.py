@@ -16,7 +16,7 @@ class ShareBackend(Protocol):
     ``name``: as shown in telemetry. ``pace``: workers hold their share by duty cycle. ``can_resize_live``: a
     running worker's share can grow beyond the one it was started with. ``worker_device``: the device as the
     worker has to call it ("cuda:0" where its environment shows it one GPU only). ``waiting``: why no worker can be
-    started at the moment, empty as a rule.
+    started at the moment, empty as a rule. ``remark``: what users are to know of how shares are held, told once.
     """
 
     name: str
@@ -24,6 +24,7 @@ class ShareBackend(Protocol):
     can_resize_live: bool
     worker_device: str
     waiting: str
+    remark: str
 
     def worker_environment(self, job: Job, share: float) -> Mapping[str, str]:
         """What the worker of ``job`` needs in its environment to be held to ``share``; an empty value unsets one.
@@ -81,7 +82,13 @@ class PacingBackend:
     can_resize_live = True
     waiting = ""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, reason: str = "") -> None:
+        """``reason``: why nothing better holds the shares of this GPU."""
+        self.remark = (
+            f"shares of {device.text} are held by pacing and not by MPS{': ' if reason else ''}{reason}"
+            if device.kind == "cuda"
+            else ""
+        )
         # NVML counts GPUs in PCI order, CUDA by speed unless told otherwise: the UUID is the same in both.
         self._environment = {"CUDA_VISIBLE_DEVICES": device.uuid} if device.kind == "cuda" else {}
         self.worker_device = "cuda:0" if device.kind == "cuda" else device.text

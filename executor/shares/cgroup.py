@@ -191,6 +191,7 @@ class CgroupBackend:
     pace = False
     can_resize_live = True
     waiting = ""
+    remark = ""
 
     def __init__(self, device: Device, groups: Groups | None = None) -> None:
         """Raises DeviceError when this process may not use control groups."""

@@ -41,8 +41,10 @@ def choose_backend(choice: ShareChoice, device: Device, mps_directory: str = "")
     program = shutil.which(PROGRAM)
     if choice == "mps" and program is None:
         raise DeviceError(f"MPS needs the program {PROGRAM} of the NVIDIA driver; install it or use --share pacing")
-    if choice == "pacing" or device.kind != "cuda" or program is None:
-        return PacingBackend(device)
+    if choice == "pacing" or device.kind != "cuda":
+        return PacingBackend(device, "as asked for")
+    if program is None:
+        return PacingBackend(device, f"the program {PROGRAM} of the NVIDIA driver is not on the PATH")
     daemon = MpsDaemon(device.uuid, mps_directory, program)
     try:
         return MpsBackend(device, daemon)
@@ -51,4 +53,4 @@ def choose_backend(choice: ShareChoice, device: Device, mps_directory: str = "")
         if choice == "mps":
             raise
         log.warning("%s", line("mps_not_used", reason=str(error)))
-        return PacingBackend(device)
+        return PacingBackend(device, str(error))

@@ -39,6 +39,7 @@ class MpsBackend:
     name = "mps"
     pace = True
     can_resize_live = False
+    remark = ""
     worker_device = "cuda:0"  # the daemon shows its clients one GPU
 
     def __init__(self, device: Device, daemon: MpsDaemon, start: bool = True, drain: Drain = _DRAIN) -> None:

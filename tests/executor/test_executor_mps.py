@@ -195,7 +195,10 @@ def test_mps_is_chosen_only_where_it_can_be_had(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setenv("PATH", str(tmp_path))
     cpu = Device(kind="cpu", index=0, memory_bytes=1)
     assert choose_backend("pacing", cpu).name == "pacing"
-    assert choose_backend("auto", GPU).name == "pacing"
+    fallen_back = choose_backend("auto", GPU)
+    assert fallen_back.name == "pacing"
+    assert "not by MPS" in fallen_back.remark
+    assert not choose_backend("pacing", cpu).remark
     with pytest.raises(DeviceError, match="needs an NVIDIA GPU"):
         choose_backend("mps", cpu)
     with pytest.raises(DeviceError, match="needs the program"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import multiprocessing
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from executor import worker
-from executor.links import HandedOver, HandOver, Progress, Ready, StopJob, StreamStats, TakeOver, TookOver
+from executor.learning.device import Device
+from executor.links import HandedOver, HandOver, Progress, Ready, StartJob, StopJob, StreamStats, TakeOver, TookOver
+from executor.worker_link import Link
 from protocol.schema import StreamSpec
 from tests.executor import tiny_source
 from tests.executor.test_worker_jobs import Running, inference_job, start
@@ -82,3 +86,14 @@ def test_a_worker_on_standby_serves_nothing_and_is_not_taken_for_hung(
     waiting.send(StopJob(reason="test over"))
     assert waiting.exit_code() == 0
     assert not frames(waiting)
+
+
+def test_a_busy_second_of_a_part_of_the_device_counts_as_that_part(tmp_path: Path) -> None:
+    ours, theirs = multiprocessing.Pipe()
+    device = Device("cpu:0", torch.device("cpu"))
+    start = StartJob(job=inference_job(tmp_path), store="", device="cpu:0", pace=True, cap=0.25)
+    link = Link(theirs, start, device)
+    before = device.busy_s()
+    assert 0.25 * before <= link.busy_s() <= 0.25 * device.busy_s()
+    ours.close()
+    theirs.close()
