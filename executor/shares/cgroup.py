@@ -28,6 +28,8 @@ PERIOD_US = 50_000
 
 LEAST_QUOTA_US = 1_000  # the kernel takes no less
 UNLIMITED = -1
+WEIGHT = 10
+"""Of all workers together against other groups and sessions of the machine, which have 1 each."""
 
 
 class Groups:
@@ -43,6 +45,9 @@ class Groups:
             self._root.mkdir(exist_ok=True)
             if version == 2:
                 self._delegate()
+                (self._root / "cpu.weight").write_text(str(WEIGHT * 100))
+            else:
+                (self._root / "cpu.shares").write_text(str(WEIGHT * 1024))
         except OSError as error:
             self.close()
             raise DeviceError(f"control group {self._root}: {error.strerror or error}") from None

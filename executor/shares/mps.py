@@ -29,6 +29,7 @@ CLIENT_LIMIT = 48  # up to CUDA 13.0; 60 from 13.1
 CHECK_INTERVAL_S = 0.5
 STATE_INTERVAL_S = 10.0  # a worker that meets the fault tells it at once; the daemon logs every query
 RESTART_INTERVAL_S = 5.0
+CONTAINED = "device-side assert"
 MIB = 1 << 20
 _DRAIN = Drain()
 
@@ -95,8 +96,13 @@ class MpsBackend:
                 log.info("%s", line("mps_terminate_client", client_pid=pid, server_pid=server, done=done))
 
     def fault(self, pid: int, reason: str, now: float) -> str:
-        """A client met a fatal fault: every client of the GPU has it, so all have to leave."""
+        """A client met a fatal fault: every client of the GPU has it, so all have to leave.
+
+        A failed assertion of a kernel was seen to stay in its client (H100, driver 580): the server's state decides.
+        """
         if self._faulted_s is not None or self._down:
+            return ""
+        if CONTAINED in reason.lower() and all(server.state == "ACTIVE" for server in self._servers() or ()):
             return ""
         return self._begin_incident(f"GPU fault in process {pid} reaches all MPS clients: {reason}", now)
 

@@ -133,6 +133,17 @@ def test_after_a_fault_nobody_is_admitted_until_the_server_is_well_or_new(backen
 
 
 @pytest.mark.process
+def test_a_failed_assertion_stays_in_its_client_unless_the_server_says_otherwise(backend: MpsBackend) -> None:
+    daemon = backend._daemon
+    daemon.query(f"model_attach {os.getpid()} 30")
+    reason = "CUDA error: device-side assert triggered"
+    assert backend.fault(17, reason, time.monotonic()) == ""
+    assert backend.waiting == ""
+    daemon.query("model_fault")
+    assert "process 17" in backend.fault(17, reason, time.monotonic())
+
+
+@pytest.mark.process
 def test_a_fault_that_nobody_reports_is_found(backend: MpsBackend) -> None:
     daemon = backend._daemon
     daemon.query(f"model_attach {os.getpid()} 30")

@@ -87,7 +87,9 @@ def test_there_is_a_transcript() -> None:
 
 
 @pytest.mark.parametrize("path", TRANSCRIPTS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("name", ["mps_attach", "mps_table", "mps_unreachable", "mps_terminate_busy", "mps_killed"])
+@pytest.mark.parametrize(
+    "name", ["mps_attach", "mps_table", "mps_unreachable", "mps_terminate_busy", "mps_killed", "mps_fault_assert"]
+)
 def test_the_model_answers_as_was_recorded(stage: Stage, path: Path, name: str) -> None:
     check = checks(path)[name]
     assert check["status"] == "passed"
@@ -153,3 +155,9 @@ def test_what_the_executor_relies_on_was_seen_on_the_gpu(path: Path) -> None:
     assert fault["stream"]["hurt"]
     assert not fault["new_client_beside"]["ok"]
     assert fault["brought_back_by"] == "all clients leaving"
+    # A failed assertion stays in its client, unlike an illegal address.
+    assert not found["mps_fault_assert"]["stream"]["hurt"]
+    assert found["mps_fault_assert"]["new_client_beside"]["ok"]
+    for hand_over in found["hand_over_pacing"]["hand_overs"]:
+        assert hand_over["frames_lost"] == 0
+    assert not found["mps_quit"]["servers_left"]
