@@ -333,9 +333,7 @@ def _print_shares(console: Console) -> None:
 
 
 def _print_changes(console: Console, rows: list[dict[str, Any]], what: str) -> None:
-    table = Table(
-        "backend", what, "lost", "added p50 ms", "p99", "no change p50", "p99", "memory", "files", "load"
-    )
+    table = Table("backend", what, "lost", "added p50 ms", "p99", "no change p50", "p99", "memory", "files", "load")
     for row in rows:
         table.add_row(
             row["backend"],
