@@ -186,6 +186,7 @@ def run_experiment(
 # with cold caches: trials and serving find a frame up to a quarter cheaper, so that 60 to 80 % are really needed.
 _DEMO_LOAD = 0.9
 _DEMO_FPS = (5.0, 60.0)
+_MEASURE_S = 240.0
 
 
 def _contended(site: SiteConfig, devices: Sequence[str], console: Console) -> SiteConfig:
@@ -193,13 +194,18 @@ def _contended(site: SiteConfig, devices: Sequence[str], console: Console) -> Si
     best = max(site.inference, key=lambda config: (config.resolution_px, -config.frame_interval))
     question = {"device": devices[0], "streams": site.streams, "config": best}
     with console.status("measuring this machine"):
-        measured = subprocess.run(
-            [sys.executable, "-m", "executor.learning.measure"],
-            input=msgspec.json.encode(question),
-            capture_output=True,
-            check=False,
-            timeout=120,
-        )
+        try:
+            measured = subprocess.run(
+                [sys.executable, "-m", "executor.learning.measure"],
+                input=msgspec.json.encode(question),
+                capture_output=True,
+                check=False,
+                timeout=_MEASURE_S,
+            )
+        except subprocess.TimeoutExpired:
+            raise EkyaError(
+                f"measuring this machine took longer than {_MEASURE_S:g} s; it is too busy for a demo"
+            ) from None
     if measured.returncode:
         raise EkyaError(f"this machine cannot be measured: {measured.stderr.decode(errors='replace').strip()[-300:]}")
     busy_s = msgspec.json.decode(measured.stdout, type=dict[str, tuple[float, ...]])["busy_s_per_frame"]
