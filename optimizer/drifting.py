@@ -26,7 +26,7 @@ REFERENCE_BLOCKS = 4
 _LEAST_SPREAD = {"confidence": 0.05, "classes": 0.12, "look": 0.035}
 # CUSUM: what is let pass per block, and what raises the alarm, in spreads.
 _ALLOWANCE = 1.0
-_ALARM = 7.0
+_ALARM = 8.0
 _MOST = 5.0  # a single block counts for no more: one lorry before the lens is no drift
 # A distance of so many spreads is a score of about two thirds.
 _SCALE = 4.0

@@ -90,6 +90,8 @@ class Pipeline:
                     stream_id=stream.stream_id,
                     window=result.window,
                     accuracy_now=profile.accuracy_now,
+                    accuracy_low=result.accuracy_low,
+                    accuracy_high=result.accuracy_high,
                     inference=tuple(
                         (p.config, p.gpu_share_needed, p.relative_accuracy) for p in profile.inference if p.config
                     ),

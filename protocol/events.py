@@ -236,6 +236,8 @@ class ProfileEstimated(Event, frozen=True, kw_only=True, tag="profile_estimated"
     accuracy_now: Fraction
     inference: tuple[tuple[InferenceConfig, float, float], ...]  # (config, gpu_share_needed, relative_accuracy)
     retrain: tuple[tuple[RetrainConfig, float, float], ...]  # (config, gpu_seconds, accuracy_after)
+    accuracy_low: Fraction = 0.0
+    accuracy_high: Fraction = 1.0
 
 
 class StreamDegraded(Event, frozen=True, kw_only=True, tag="stream_degraded"):

@@ -354,6 +354,7 @@ class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
 
     ``accuracy_now``: serving model on labels it was not trained on, mean over frames; more of them than the
     validation split, which epoch 0 of the trials is measured on, where the model saw none of the window's labels.
+    ``accuracy_low``, ``accuracy_high``: 95 % interval of ``accuracy_now`` (Wilson), one trial per road user.
     """
 
     stream_id: Name
@@ -362,6 +363,8 @@ class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
     retrain: tuple[RetrainTrial, ...]
     inference: tuple[InferenceTrial, ...]
     seconds: Seconds
+    accuracy_low: Fraction = 0.0
+    accuracy_high: Fraction = 1.0
 
 
 class StreamSignals(Record, frozen=True, kw_only=True):

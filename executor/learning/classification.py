@@ -14,7 +14,7 @@ from executor.learning.device import Device
 from executor.learning.golden import Labels
 from executor.learning.inference import CropClassifier, Objects, classified_right
 from executor.learning.models import Student, named_spec
-from executor.learning.pairing import per_road_user
+from executor.learning.pairing import per_road_user, road_users
 from executor.learning.stepping import Stepper
 from executor.learning.task import Task
 from executor.learning.training import Trainer, crop_trainer
@@ -67,6 +67,9 @@ class Classification(Task[CropSet]):
     ) -> NDArray[np.float64]:
         right = training.correctness(student, examples, device, stepper)
         return per_road_user(right, examples.frame_index, examples.boxes, examples.labels)
+
+    def num_pieces(self, examples: CropSet) -> int:
+        return len(np.unique(road_users(examples.frame_index, examples.boxes, examples.labels)))
 
     def analyser(self, student: Student, device: Device, version: int) -> CropClassifier:
         return CropClassifier(student, device, version)

@@ -70,6 +70,13 @@ def per_road_user(
 
     A crop whose box is not known (NaN) is a road user of its own.
     """
+    return np.bincount(road_users(frame_index, boxes, labels), weights=right, minlength=0).astype(np.float64)
+
+
+def road_users(
+    frame_index: NDArray[np.int64], boxes: NDArray[np.float32], labels: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """The number, from 0, of the road user in each crop, int64 (n,)."""
     tracks = np.full(len(labels), -1, np.int64)
     tracker = Tracker()
     known = ~np.isnan(boxes).any(axis=1)
@@ -77,9 +84,18 @@ def per_road_user(
         here = known & (frame_index == frame)
         tracks[here] = tracker.follow(boxes[here], labels[here])
     tracks[~known] = tracks.max(initial=-1) + 1 + np.arange(int((~known).sum()))
-    return np.bincount(tracks, weights=right, minlength=0).astype(np.float64)
+    return tracks
 
 
 def paired_counts(new: NDArray[np.float64], old: NDArray[np.float64]) -> PairedCounts:
     """One vote per piece of evidence (``Task.points`` of both models), for the model that is right more often."""
     return PairedCounts(num_objects=len(new), num_won=int((new > old).sum()), num_lost=int((new < old).sum()))
+
+
+def wilson(accuracy: float, num: int, z: float = 1.96) -> tuple[float, float]:
+    """Interval of a share measured on ``num`` independent pieces (Wilson, 1927); (0, 1) of none."""
+    if num < 1:
+        return 0.0, 1.0
+    centre = (accuracy + z * z / (2 * num)) / (1 + z * z / num)
+    half = z / (1 + z * z / num) * float(np.sqrt(accuracy * (1 - accuracy) / num + z * z / (4 * num * num)))
+    return max(0.0, centre - half), min(1.0, centre + half)

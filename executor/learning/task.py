@@ -83,6 +83,10 @@ class Task(ABC, Generic[E]):
         """The usual figure beside the task's own measure, for people; None where there is none."""
         return None
 
+    def num_pieces(self, examples: E) -> int:
+        """How many independent pieces of evidence ``examples`` are: as many as :meth:`points` has numbers."""
+        return len(examples)
+
     @abstractmethod
     def analyser(self, student: Student, device: Device, version: int) -> Analyser:
         """The student, ready to look at frames."""

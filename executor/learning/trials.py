@@ -19,6 +19,7 @@ from executor.learning.device import Device
 from executor.learning.golden import Labels, open_golden
 from executor.learning.inference import Analyser, Objects
 from executor.learning.models import Student
+from executor.learning.pairing import wilson
 from executor.learning.stepping import Stepper
 from executor.learning.task import Task, task_of
 from executor.learning.training import DivergedError
@@ -63,6 +64,7 @@ def run_trials(
     # What serving will be worth is a mean over frames; labels that the model was trained on say nothing about it.
     unseen = crops.take(~crops.is_exemplar) if job.unseen else crops.validation
     accuracy_now = task.serving_accuracy(serving, unseen, device, stepper)
+    accuracy_low, accuracy_high = wilson(accuracy_now, task.num_pieces(unseen))
     retrain: list[RetrainTrial] = []
     inference: list[InferenceTrial] = []
     try:
@@ -83,6 +85,8 @@ def run_trials(
         retrain=tuple(retrain),
         inference=tuple(inference),
         seconds=time.monotonic() - started,
+        accuracy_low=accuracy_low,
+        accuracy_high=accuracy_high,
     )
 
 

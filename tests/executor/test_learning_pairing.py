@@ -12,7 +12,7 @@ from executor.learning import checkpoints, datasets, labeling
 from executor.learning.canary import compare
 from executor.learning.device import Device
 from executor.learning.models import build_student
-from executor.learning.pairing import Tracker, paired_counts, per_road_user
+from executor.learning.pairing import Tracker, paired_counts, per_road_user, wilson
 from executor.learning.retraining import retrain
 from executor.learning.stepping import FreeStepper
 from protocol.errors import CheckpointError
@@ -63,6 +63,20 @@ def test_labels_say_where_a_crop_was_and_files_keep_it(tmp_path: Path) -> None:
     assert len(users) < len(crops) / 3
     ref = datasets.save(tmp_path, crops, stream_id="s", window=0, classes=tiny_source.CLASSES)
     assert np.array_equal(datasets.load(tmp_path, ref, tiny_source.CLASSES).boxes, crops.boxes)
+
+
+def test_a_measured_accuracy_has_an_interval_that_holds_the_truth() -> None:
+    assert wilson(0.5, 0) == (0.0, 1.0)
+    low, high = wilson(1.0, 10)
+    assert 0.6 < low < 0.8
+    assert high == pytest.approx(1.0)
+    seed = 6
+    draw = np.random.default_rng(seed)
+    for truth in (0.3, 0.7, 0.9):
+        for num in (20, 60):
+            shares = draw.binomial(num, truth, 2000) / num
+            held = [low <= truth <= high for low, high in (wilson(float(share), num) for share in shares)]
+            assert np.mean(held) > 0.92, seed
 
 
 @pytest.fixture(scope="module")

@@ -246,6 +246,8 @@ def test_trials_measure_what_each_configuration_costs_and_is_worth(
     source = tiny_source.TinySource(STREAM)
     result = run_trials(job, source, store, CPU, FreeStepper(), 1, lambda: None)
     assert result.accuracy_now == checkpoints.load(store, first)[1].accuracy
+    assert 0.0 < result.accuracy_low < result.accuracy_now <= result.accuracy_high <= 1.0
+    assert result.accuracy_high - result.accuracy_low < 0.5
     assert [trial.config.config_id for trial in result.retrain] == [
         "full",
         "few",
