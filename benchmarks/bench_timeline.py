@@ -17,7 +17,7 @@ import msgspec
 
 from optimizer.objective import judge
 from optimizer.policies.timeline import timeline
-from optimizer.problems import parse_size, random_problem
+from optimizer.problems import parse_size, random_problem, servable
 from protocol.plan import Problem
 
 SIZES = "2x1x18,10x8x18,20x8x18,100x16x18,1000x64x18"
@@ -36,12 +36,8 @@ class Measured:
 
 
 def problem_of(size: str, seed: int) -> Problem:
-    """A random problem with the coarsest quantum at which its GPUs can serve every stream."""
-    problem = random_problem(*parse_size(size), seed)
-    for quantum in (0.1, 0.05, 0.02, 0.01):
-        if len(problem.streams) <= 0.75 * len(problem.gpus) / quantum:
-            return msgspec.structs.replace(problem, share_quantum=quantum)
-    return problem
+    """A random problem, with a finer quantum where its GPUs could not serve every stream."""
+    return servable(random_problem(*parse_size(size), seed))
 
 
 def measure(problem: Problem) -> Measured:

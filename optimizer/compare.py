@@ -18,7 +18,7 @@ from rich.table import Table
 from optimizer.objective import Verdict, judge, upper_bound_trivial
 from optimizer.planner import Planner
 from optimizer.policies.registry import policy_entry
-from optimizer.problems import load_problem, parse_size, random_problem, save_problem, with_limits
+from optimizer.problems import load_problem, parse_size, random_problem, save_problem, servable, with_limits
 from protocol.codec import save_json
 from protocol.errors import InputError, PlanError
 from protocol.plan import Plan, Problem
@@ -94,7 +94,11 @@ def compare(
         policy_entry(name)
     problems: dict[str, Problem] = {str(path): load_problem(path) for path in problem_paths}
     if random is not None:
-        made = random_problem(*parse_size(random), seed)
+        drawn = random_problem(*parse_size(random), seed)
+        made = servable(drawn)
+        if made is not drawn and not as_json:
+            text = f"share quantum {made.share_quantum:g}: at {drawn.share_quantum:g} {len(drawn.gpus)} GPUs"
+            (console or Console()).print(f"{text} have too few quanta for {len(drawn.streams)} streams")
         if limits:
             made = with_limits(made, seed)
         problems[f"{random.strip()}-seed{seed}{'-limits' if limits else ''}"] = made

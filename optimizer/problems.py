@@ -22,6 +22,7 @@ __all__ = ["check_problem", "load_problem", "parse_size", "random_problem", "sav
 EPOCHS = (5, 15, 30)
 FRAME_INTERVALS = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 15, 20)
 FULL_RATE_SHARE = 0.25
+FINER_QUANTA = (0.05, 0.02, 0.01)
 MIN_COST_S, MAX_COST_S = 3.0, 315.0
 
 
@@ -48,6 +49,18 @@ def random_problem(num_streams: int, num_gpus: int, num_retrain: int, seed: int)
     streams = tuple(_random_stream(f"s{index}", num_retrain, rng) for index in range(num_streams))
     gpus = tuple(GpuSpec(gpu_id=f"gpu{index}") for index in range(num_gpus))
     return Problem(window_s=200.0, gpus=gpus, streams=streams, share_quantum=0.1)
+
+
+def servable(problem: Problem) -> Problem:
+    """``problem`` as it is, or, where its GPUs have fewer quanta than there are streams, with a finer quantum.
+
+    Every stream takes at least one quantum. The finer one leaves a quarter of the quanta to retrainings.
+    """
+    count, gpus = len(problem.streams), len(problem.gpus)
+    if count <= gpus * math.floor(1.0 / problem.share_quantum + 1e-6):
+        return problem
+    finer = next((quantum for quantum in FINER_QUANTA if count <= 0.75 * gpus / quantum), FINER_QUANTA[-1])
+    return msgspec.structs.replace(problem, share_quantum=min(finer, problem.share_quantum))
 
 
 def _random_stream(stream_id: str, num_retrain: int, rng: np.random.Generator) -> StreamProfile:

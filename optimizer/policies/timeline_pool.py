@@ -76,6 +76,7 @@ def _search(
     which: Ints,  # V: retraining, -1 = none
     granted: Ints,  # V: quanta of it
     where: Ints,  # V: GPU, -1 = none
+    caps: Ints,  # G: quanta that all retrainings there have together
     sizes: Ints,  # V x K
     q: Floats,  # V x K
     num_choices: Ints,  # V
@@ -118,6 +119,7 @@ def _search(
     known = 0
     kept_queue, kept_queued = queue.copy(), queued.copy()
     kept_which, kept_granted, kept_where = which.copy(), granted.copy(), where.copy()
+    kept_caps, held, kept_held = caps.copy(), granted.copy(), granted.copy()
     step = first
     while step < last or steps == 0:
         # ---------------------------------------------------------------- a change
@@ -177,16 +179,19 @@ def _search(
                     queue[h, at] = v
                     queued[h] += 1
                     where[v] = h
+                    if np.random.random() < 0.05:
+                        part = np.random.random()
+                        caps[h] = capacity if part < 0.4 else 1 + int(np.random.random() * capacity)
         # ---------------------------------------------------------------- times
         feasible = True
         events = 0
         changed_s = 1e18  # before this moment nothing is different from the accepted queues
         for x in range(num_gpus):
-            moment, share = 0.0, capacity
+            moment, share = 0.0, caps[x]
             begun = 0
             for y in range(queued[x]):
                 w = queue[x, y]
-                i, quanta = which[w], granted[w]
+                i, quanta = which[w], min(granted[w], caps[x])
                 while share < quanta:
                     soonest = 1e18
                     for z in range(begun, y):
@@ -196,15 +201,16 @@ def _search(
                     moment = soonest
                     for z in range(begun, y):
                         if ends[queue[x, z]] == moment:
-                            share += granted[queue[x, z]]
+                            share += held[queue[x, z]]
                 share -= quanta
+                held[w] = quanta
                 begins, finish = moment, moment + seconds[w, i] / rates[quanta]
                 if x in (g, h):
                     if (
                         begins != kept_starts[w]
                         or finish != kept_ends[w]
                         or kept_where[w] != x
-                        or kept_granted[w] != quanta
+                        or kept_held[w] != quanta
                     ):
                         changed_s = min(changed_s, begins, kept_starts[w])
                     elif kept_which[w] != i:
@@ -239,10 +245,10 @@ def _search(
                 while e < events and times[e] <= moment:
                     w = whose[e]
                     if w >= 0:
-                        free[where[w]] -= granted[w]
+                        free[where[w]] -= held[w]
                     else:
                         w = -1 - w
-                        free[where[w]] += granted[w]
+                        free[where[w]] += held[w]
                         rate[w] = after[w, which[w]]
                     e += 1
                 until = times[e] if e < events else window_s
@@ -346,10 +352,10 @@ def _search(
             for w in range(count):
                 if where[w] < 0:
                     starts[w], ends[w] = 1e18, 1e18
-                kept_starts[w], kept_ends[w] = starts[w], ends[w]
+                kept_starts[w], kept_ends[w], kept_held[w] = starts[w], ends[w], held[w]
             for x in (g, h):
                 if x >= 0:
-                    kept_queued[x] = queued[x]
+                    kept_queued[x], kept_caps[x] = queued[x], caps[x]
                     for y in range(queued[x]):
                         kept_queue[x, y] = queue[x, y]
             kept_which[v], kept_granted[v], kept_where[v] = which[v], granted[v], where[v]
@@ -360,7 +366,7 @@ def _search(
         else:
             for x in (g, h):
                 if x >= 0:
-                    queued[x] = kept_queued[x]
+                    queued[x], caps[x] = kept_queued[x], kept_caps[x]
                     for y in range(kept_queued[x]):
                         queue[x, y] = kept_queue[x, y]
             which[v], granted[v], where[v] = kept_i, kept_r, kept_g
@@ -408,13 +414,15 @@ class PoolSearch:
         self.want(trainings)
         queue, queued = np.zeros((gpus, count), dtype=ints), np.zeros(gpus, dtype=ints)
         which, granted = np.full(count, -1, dtype=ints), np.full(count, t.capacity[0], dtype=ints)
-        where = np.full(count, -1, dtype=ints)
+        where, caps = np.full(count, -1, dtype=ints), np.array(t.capacity, dtype=ints)
         for g, runs in enumerate(layout.runs):
+            bases = sum(t.choices[v][0][layout.base[v]].quanta for v in layout.residents[g])
+            caps[g] = max(1, t.capacity[g] - bases)
             for run in runs:
                 queue[g, queued[g]] = run.stream
                 queued[g] += 1
                 which[run.stream], granted[run.stream], where[run.stream] = run.training, run.quanta, g
-        self._state = (queue, queued, which, granted, where)
+        self._state = (queue, queued, which, granted, where, caps)
         self._levels, self._marks = np.zeros((2 * count + 2, count), dtype=ints), np.zeros(2 * count + 3)
         self.worth = self._run(0, 0, 0, 0.0, 0.0)[0]
         self.best, self._best_state = self.worth, tuple(part.copy() for part in self._state)
@@ -454,12 +462,12 @@ class PoolSearch:
             part[:] = kept
         _, intervals = self._run(0, 0, 0, 0.0, 0.0)
         t = self.t
-        queue, queued, which, granted, _ = self._state
+        queue, queued, which, granted, _, caps = self._state
         runs: list[list[Run]] = []
         for g in range(t.num_gpus):
             here: list[Run] = []
             for v in queue[g, : queued[g]].tolist():
-                here.append(_next_run(t, here, v, int(which[v]), int(granted[v]), t.capacity[g]))
+                here.append(_next_run(t, here, v, int(which[v]), int(min(granted[v], caps[g])), int(caps[g])))
             runs.append(here)
         stays: list[list[Stay]] = [[] for _ in range(t.num_gpus)]
         current: list[tuple[int, Stay] | None] = [None] * t.num_streams
@@ -485,10 +493,10 @@ class PoolSearch:
         return Placed(t, runs, stays)
 
 
-def _next_run(t: Tables, before: list[Run], v: int, training: int, quanta: int, capacity: int) -> Run:
+def _next_run(t: Tables, before: list[Run], v: int, training: int, quanta: int, cap: int) -> Run:
     """The run that queues behind ``before`` and starts as soon as its share is free."""
     start_s = before[-1].start_s if before else 0.0
-    while capacity - sum(run.quanta for run in before if run.end_s > start_s) < quanta:
+    while cap - sum(run.quanta for run in before if run.end_s > start_s) < quanta:
         start_s = min(run.end_s for run in before if run.end_s > start_s)
     end_s = start_s + t.trainings[v][training].gpu_seconds / t.rates[0][quanta]
     return Run(v, training, quanta, start_s, end_s)
@@ -522,7 +530,7 @@ def prepare() -> None:
     fixed = (ints + 1, table, flat + 1, table[0], table[0], table[0], table, table, ints - 1, ints, flat)
     rest = (0, 0, 0, 0, 0.0, 0.0, 0.0, np.zeros((4, 1), dtype=np.int64), np.zeros(5))
     search: Any = _search
-    search(ints.copy(), flat.copy(), flat - 1, flat + 1, flat - 1, *fixed, np.array([0.0, 1.0]), 1.0, *rest)
+    search(ints.copy(), flat.copy(), flat - 1, flat + 1, flat - 1, flat + 1, *fixed, np.array([0.0, 1.0]), 1.0, *rest)
 
 
 def moves_are_free(tables: Tables) -> bool:
