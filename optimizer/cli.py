@@ -37,6 +37,9 @@ WindowSeconds = Annotated[float, typer.Option(help="Length of a window, seconds.
 FullShare = Annotated[float, typer.Option(help="GPU share that analysing every frame of a stream takes.")]
 Quantum = Annotated[float, typer.Option(help="Smallest GPU share handed out.")]
 Quantile = Annotated[float, typer.Option(help="Plan on this quantile of uncertain gains; 0.5 = what is expected.")]
+Profiling = Annotated[
+    str | None, typer.Option(help="calibrated, or paper: the micro-profiler of the paper (default: the site's).")
+]
 Budget = Annotated[float, typer.Option(help="Seconds of wall time that a policy may take for a decision.")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
 
@@ -66,6 +69,7 @@ def run(
         float, typer.Option(min=0.0, max=1.0, help="Boxes of the golden model below are dropped.")
     ] = 0.5,
     executors: Annotated[int, typer.Option(min=1, help="With --video: local executors, one CPU core each.")] = 2,
+    profiling: Profiling = None,
 ) -> None:
     """Serve a site: wait for executors, plan every window, record what happens.
 
@@ -98,7 +102,9 @@ def run(
         raise InputError("give a site file, or --video FILE for a recording of your own")
     if samples or golden or golden_weights:
         raise InputError("--samples, --golden and --golden-weights belong to --video; a site file names its own")
-    raise typer.Exit(run_service(site_file, windows=windows, policy=policy, out=out, log_level=log_level))
+    raise typer.Exit(
+        run_service(site_file, windows=windows, policy=policy, out=out, log_level=log_level, profiling=profiling)
+    )
 
 
 @app.command()
@@ -150,6 +156,7 @@ def experiment(
     devices: Annotated[
         str, typer.Option(help="One local executor for each of these instead, like cuda:0,cuda:1.")
     ] = "",
+    profiling: Profiling = None,
 ) -> None:
     """Run the same streams under each policy in turn, for real, and compare the accuracy."""
     from optimizer.commands import run_experiment
@@ -157,7 +164,17 @@ def experiment(
 
     names = [name for name in policies.split(",") if name]
     chosen = parse_devices(devices) if devices else local_devices(executors)
-    raise typer.Exit(run_experiment(site_file, names, windows=windows, out=out, devices=chosen, console=_console()))
+    raise typer.Exit(
+        run_experiment(
+            site_file,
+            names,
+            windows=windows,
+            out=out,
+            devices=chosen,
+            console=_console(),
+            profiling=profiling,
+        )
+    )
 
 
 @app.command()

@@ -9,6 +9,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast, get_args
 
 import msgspec
 from rich.console import Console
@@ -25,7 +26,7 @@ from optimizer.report import build_report, final_table, read_events, write_repor
 from optimizer.report_comparison import build_comparison, comparison_table, write_comparison
 from optimizer.service import Service, default_folder, install_stop_signals
 from profiler.history import History
-from profiler.microprofiler import EstimatorKnobs
+from profiler.microprofiler import EstimatorKnobs, ProfilingMethod
 from profiler.service import SiteProfiler
 from profiler.trials import TrialKnobs
 from protocol import logs
@@ -43,21 +44,30 @@ def make_profiler(site: SiteConfig) -> Callable[[RunFolder], ProfilerPort]:
             site.inference,
             num_streams=len(site.streams),
             budget_gpu_s=knobs.budget_gpu_s,
+            window_s=site.window_s,
             trial_knobs=TrialKnobs(data_share=knobs.data_share, max_epochs=knobs.num_epochs),
             # With windows as short as the drift a difference between labels and live accuracy is mostly the drift.
-            estimator_knobs=EstimatorKnobs(correct_live=False),
+            estimator_knobs=EstimatorKnobs(method=knobs.method, correct_live=False),
         )
 
     return make
 
 
-def run_service(site_file: Path, *, windows: int | None, policy: str | None, out: Path | None, log_level: str) -> int:
+def run_service(
+    site_file: Path,
+    *,
+    windows: int | None,
+    policy: str | None,
+    out: Path | None,
+    log_level: str,
+    profiling: str | None = None,
+) -> int:
     """`ekya-optimizer run`: serve until stopped; the exit code.
 
     Raises:
         InputError: the site file, the policy, the folder or an address is unusable.
     """
-    site = _with_policy(load_site(site_file), policy)
+    site = _with_profiling(_with_policy(load_site(site_file), policy), profiling)
     check_models(site, site_file)
     logs.configure("ekya-optimizer", log_level)
     folder = RunFolder(out or default_folder(site))
@@ -144,9 +154,10 @@ def run_experiment(
     out: Path | None,
     devices: Sequence[str],
     console: Console,
+    profiling: str | None = None,
 ) -> int:
     """`ekya-optimizer experiment`: the same streams and first models under each policy in turn; the exit code."""
-    site = load_site(site_file)
+    site = _with_profiling(load_site(site_file), profiling)
     if not policies:
         raise InputError("--policies: name at least one policy, like timeline,milp,thief,none")
     for name in policies:
@@ -225,6 +236,15 @@ def _with_policy(site: SiteConfig, policy: str | None) -> SiteConfig:
     site = site if policy is None else msgspec.structs.replace(site, policy=policy)
     get_policy(site.policy)  # an unknown name is told before anything is started
     return site
+
+
+def _with_profiling(site: SiteConfig, method: str | None) -> SiteConfig:
+    if method is None:
+        return site
+    if method not in get_args(ProfilingMethod):
+        raise InputError(f"--profiling {method!r}: choose one of {', '.join(get_args(ProfilingMethod))}")
+    profiling = msgspec.structs.replace(site.profiling, method=cast(ProfilingMethod, method))
+    return msgspec.structs.replace(site, profiling=profiling)
 
 
 def _fresh(out: Path) -> None:

@@ -7,7 +7,7 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, Literal, Union
 
 import msgspec
 
@@ -51,7 +51,9 @@ class ProfilingConfig(Record, frozen=True, kw_only=True):
 
     ``label_span``: the last part of the previous window, as a fraction of it, that is labelled.
     ``share``: GPU share kept for it on every GPU while it lasts. ``limit``: it is cut off after this
-    fraction of the window. ``data_share``: part of the labelled data a trial trains on.
+    fraction of the window. ``data_share``: part of the labelled data a trial trains on. ``budget_gpu_s``: busy
+    seconds of a window for the trials of all streams. ``method``: "paper" = the micro-profiler of the paper as it
+    stands there (everything is tried for 5 epochs on 10 % of the data, no history, no budget), to compare with.
     """
 
     label_span: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.6
@@ -60,6 +62,7 @@ class ProfilingConfig(Record, frozen=True, kw_only=True):
     data_share: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.1
     num_epochs: PositiveInt = 3
     budget_gpu_s: PositiveSeconds = 2.0
+    method: Literal["calibrated", "paper"] = "calibrated"
 
 
 class GateConfig(Record, frozen=True, kw_only=True):

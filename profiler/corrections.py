@@ -7,11 +7,14 @@ unbiased observations had been made before: one odd window moves little, a stead
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from profiler.costs import GroupKey, diverged, group_key
 from profiler.records import ConfigEstimate, Outcome, StreamHistory, WindowHistory
 from protocol.schema import Record, RetrainConfig
+
+# What an outcome was worth, None when it says nothing about its configuration.
+Worth = Callable[[WindowHistory, Outcome], float | None]
 
 DECAY = 0.8
 PRIOR_STRENGTH = 2.0
@@ -72,15 +75,20 @@ def live_correction(history: StreamHistory) -> float:
     return max(-MAX_LIVE_CORRECTION, min(MAX_LIVE_CORRECTION, correction))
 
 
-def accuracy_correction(config: RetrainConfig, history: StreamHistory) -> AccuracyCorrection:
-    """How estimates of ``config``'s accuracy erred: first over all of the stream's outcomes, then its group's rest."""
+def accuracy_correction(
+    config: RetrainConfig, history: StreamHistory, worth: Worth, gap: float = 0.0
+) -> AccuracyCorrection:
+    """How estimates of ``config``'s accuracy erred: first over all of the stream's outcomes, then its group's rest.
+
+    ``worth``: what an outcome was worth; ``gap``: what is added to the log-odds of every curve's accuracy anyhow.
+    """
     key = group_key(config)
     errors: list[tuple[float, float]] = []
     own: list[tuple[float, float]] = []
     levels: list[tuple[float, float]] = []
     for age, window in enumerate(reversed(history.windows)):
         for outcome in window.outcomes:
-            reached = reached_accuracy(outcome)
+            reached = worth(window, outcome)
             if reached is None:
                 continue
             weight = DECAY**age
@@ -89,7 +97,7 @@ def accuracy_correction(config: RetrainConfig, history: StreamHistory) -> Accura
             before = _estimated(window, outcome)
             if before is None:
                 continue
-            error = logit(reached) - logit(before.curve_accuracy)
+            error = logit(reached) - logit(before.curve_accuracy) - gap
             errors.append((error, weight))
             if group_key(outcome.result.config) == key:
                 own.append((error, weight))

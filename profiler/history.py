@@ -16,12 +16,12 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from profiler.corrections import reached_accuracy
 from profiler.costs import CostModel, GroupKey
 from profiler.priors import Observation
 from profiler.records import Estimate, GateRow, LiveAccuracy, Outcome, StreamHistory, WindowHistory
 from profiler.shares import ShareCurve
-from protocol.schema import TrialResult
+from profiler.targets import SiteWindow, observations
+from protocol.schema import DatasetRef, TrialResult
 
 log = logging.getLogger("ekya.profiler")
 
@@ -46,6 +46,9 @@ CREATE TABLE IF NOT EXISTS gates (
 CREATE TABLE IF NOT EXISTS live (
     window_id INTEGER NOT NULL REFERENCES windows (id), version INTEGER NOT NULL, accuracy REAL NOT NULL,
     num_frames INTEGER NOT NULL, PRIMARY KEY (window_id, version));
+CREATE TABLE IF NOT EXISTS datasets (
+    run TEXT NOT NULL, stream TEXT NOT NULL, window INTEGER NOT NULL, payload BLOB NOT NULL,
+    PRIMARY KEY (run, stream, window));
 CREATE TABLE IF NOT EXISTS costs (
     config_group TEXT NOT NULL, device TEXT NOT NULL, startup_s REAL NOT NULL, seconds_per_sample REAL NOT NULL,
     validation_s REAL NOT NULL, num INTEGER NOT NULL, time_s REAL NOT NULL, PRIMARY KEY (config_group, device));
@@ -56,7 +59,7 @@ CREATE TABLE IF NOT EXISTS share_curves (
 # What has to be done to a file of an older schema before _SCHEMA is run on it; the tables of version 2 are all new.
 _MIGRATIONS: dict[int, str] = {1: ""}
 
-Payload = TypeVar("Payload", TrialResult, Estimate, Outcome)
+Payload = TypeVar("Payload", TrialResult, Estimate, Outcome, DatasetRef)
 
 
 class History:
@@ -156,6 +159,14 @@ class History:
                 [(row_id, row.version, row.accuracy, row.num_frames) for row in live],
             )
 
+    def record_dataset(self, dataset: DatasetRef) -> None:
+        """Keep what a window's labels hold; the file that they lie in may be gone by the time it is read."""
+        with self._guard() as db:
+            db.execute(
+                "INSERT OR IGNORE INTO datasets VALUES (?, ?, ?, ?)",
+                (self.run, dataset.stream_id, dataset.window, msgspec.msgpack.encode(dataset)),
+            )
+
     def record_cost(self, key: GroupKey, device: str, cost: CostModel, *, time_s: float) -> None:
         """Keep a measured cost; the mean with what was known, the newest counting for at least a quarter."""
         with self._guard() as db:
@@ -206,6 +217,19 @@ class History:
             )
             for window, stage, decision, retrain_id, version, confidence, reason, evidence in rows
         )
+
+    def last_mix(self, stream_id: str, window: int) -> tuple[int, ...]:
+        """Crops per class of a stream's newest labels before those of ``window``; empty when there were none."""
+        for (payload,) in self._rows(
+            "SELECT payload FROM datasets WHERE stream = ? AND NOT (run = ? AND window = ?) "
+            "ORDER BY rowid DESC LIMIT 1",
+            stream_id,
+            self.run,
+            window,
+        ):
+            dataset = _decode(payload, DatasetRef)
+            return dataset.class_counts if dataset is not None else ()
+        return ()
 
     def costs(self, device: str = "") -> dict[GroupKey, CostModel]:
         """Costs known at the site by group of configurations, of one kind of device."""
@@ -269,36 +293,42 @@ class History:
             return StreamHistory(stream_id=stream_id)
         return StreamHistory(stream_id=stream_id, windows=tuple(windows))
 
-    def observations(self, *, max_windows: int = MAX_WINDOWS) -> tuple[Observation, ...]:
-        """Retrainings of all streams in the newest windows, whose results say something about their configurations.
+    def site_windows(self, *, max_windows: int = MAX_WINDOWS) -> tuple[SiteWindow, ...]:
+        """The newest windows of all streams in which a model was retrained or measured, oldest first.
 
-        Windows are numbered anew, 0 the oldest, so that they are in order over several runs.
+        Windows are numbered anew, 0 the oldest, so that they are in order over several runs. Trials are left out.
         """
-        found: list[tuple[tuple[str, int], Outcome]] = []
-        try:
-            rows = self._connection().execute(
-                "SELECT run, window, payload FROM outcomes JOIN windows ON id = window_id ORDER BY id"
-            )
-            for run, window, payload in rows:
-                outcome = _decode(payload, Outcome)
-                if outcome is not None:
-                    found.append(((run, window), outcome))
-        except sqlite3.DatabaseError as error:
-            log.warning("history=unreadable path=%s reason=%r", self.path, error)
-            return ()
-        newest = list(dict.fromkeys(key for key, _ in found))[-max_windows:]
+        rows = self._rows("SELECT id, run, stream, window, realised, predicted, estimate FROM windows ORDER BY id")
+        newest = list(dict.fromkeys((run, window) for _, run, _, window, *_ in rows))[-max_windows:]
         order = {key: place for place, key in enumerate(newest)}
+        outcomes: dict[int, list[Outcome]] = {}
+        for row_id, payload in self._rows("SELECT window_id, payload FROM outcomes ORDER BY window_id, time_s, rowid"):
+            outcome = _decode(payload, Outcome)
+            if outcome is not None:
+                outcomes.setdefault(row_id, []).append(outcome)
+        live: dict[int, list[LiveAccuracy]] = {}
+        for row_id, version, accuracy, num in self._rows("SELECT * FROM live ORDER BY window_id, version"):
+            live.setdefault(row_id, []).append(LiveAccuracy(version=version, accuracy=accuracy, num_frames=num))
         return tuple(
-            Observation(
-                stream_id=outcome.result.stream_id,
-                window=order[key],
-                config=outcome.result.config,
-                accuracy_before=outcome.result.accuracy_before,
-                accuracy_after=reached,
+            SiteWindow(
+                order=order[run, window],
+                stream_id=stream,
+                history=WindowHistory(
+                    window=window,
+                    estimate=_decode(estimate, Estimate),
+                    outcomes=tuple(outcomes.get(row_id, ())),
+                    realised=realised,
+                    predicted=predicted,
+                    live=tuple(live.get(row_id, ())),
+                ),
             )
-            for key, outcome in found
-            if key in order and (reached := reached_accuracy(outcome)) is not None
+            for row_id, run, stream, window, realised, predicted, estimate in rows
+            if (run, window) in order and (row_id in outcomes or row_id in live)
         )
+
+    def observations(self, *, max_windows: int = MAX_WINDOWS) -> tuple[Observation, ...]:
+        """Retrainings of all streams whose results say something about their configurations, held-out accuracies."""
+        return observations(self.site_windows(max_windows=max_windows), None)
 
     def streams(self) -> tuple[str, ...]:
         """Ids of all streams remembered, sorted."""

@@ -35,13 +35,17 @@ ERROR_PER_HALF_WIDTH = 1.0 / 1.2816
 
 
 class Observation(Record, frozen=True, kw_only=True):
-    """One past retraining. ``window`` orders observations in time, over all streams of the site."""
+    """One past retraining. ``window`` orders observations in time, over all streams of the site.
+
+    ``weight``: how much it counts against one whose accuracies are well measured.
+    """
 
     stream_id: str
     window: int
     config: RetrainConfig
     accuracy_before: Fraction
     accuracy_after: Fraction
+    weight: float = 1.0
 
 
 class AccuracyPrior(Record, frozen=True, kw_only=True):
@@ -106,15 +110,17 @@ def _fit(observations: Sequence[Observation], half_width: float = 0.0) -> Accura
     groups = {key: place for place, key in enumerate(keys)}
     x = np.array([_features(o.accuracy_before, o.config, groups) for o in observations])
     y = np.array([o.accuracy_after for o in observations])
+    weights = np.array([o.weight for o in observations])
     penalty = np.full(x.shape[1], RIDGE)
     penalty[0] = 1e-9  # the mean level is not shrunk
-    beta = np.linalg.solve(x.T @ x + np.diag(penalty), x.T @ y)
+    beta = np.linalg.solve(x.T @ (x * weights[:, None]) + np.diag(penalty), x.T @ (y * weights))
     residuals = y - x @ beta
     streams = {}
     for stream in dict.fromkeys(o.stream_id for o in observations):
         mine = np.array([o.stream_id == stream for o in observations])
         num_windows = len({o.window for o in observations if o.stream_id == stream})
-        streams[stream] = float(residuals[mine].mean()) * num_windows / (num_windows + 1)
+        mean = float(np.average(residuals[mine], weights=weights[mine]))
+        streams[stream] = mean * num_windows / (num_windows + 1)
     return AccuracyPrior(
         coefficients=tuple(float(b) for b in beta),
         groups=groups,

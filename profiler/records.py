@@ -17,7 +17,7 @@ from protocol.schema import (
     TrialResult,
 )
 
-EstimateSource = Literal["trial", "past_trial", "neighbour"]
+EstimateSource = Literal["trial", "past_trial", "neighbour", "site", "assumed"]
 
 
 class ConfigEstimate(Record, frozen=True, kw_only=True):
@@ -26,7 +26,9 @@ class ConfigEstimate(Record, frozen=True, kw_only=True):
     ``curve_accuracy`` and ``base_gpu_seconds`` are what trial and cost model say before anything learned from
     past errors is applied; the corrections of later windows are learned against these. ``source``: trial = own
     trial or one that is shared, past_trial = its shape in an earlier window, neighbour = another
-    configuration's trial.
+    configuration's trial, site = other streams' retrainings alone, assumed = nothing is known.
+    ``scale``: the estimator's own error; ``accuracy_error`` is it times what past errors teach, so that the interval
+    accuracy_after +- 1.2816 * accuracy_error holds 80 % of the outcomes.
     """
 
     config: RetrainConfig
@@ -37,6 +39,7 @@ class ConfigEstimate(Record, frozen=True, kw_only=True):
     accuracy_after: Fraction
     accuracy_error: Seconds
     gpu_seconds: float
+    scale: float = 0.0
 
 
 class InferenceEstimate(Record, frozen=True, kw_only=True):

@@ -9,13 +9,16 @@ from typing import Protocol
 
 import msgspec
 
+from profiler.corrections import from_logit, logit
 from profiler.costs import cost_model, group_key
 from profiler.history import History
-from profiler.microprofiler import EstimatorKnobs, estimate_in_detail
-from profiler.priors import fit_prior
+from profiler.microprofiler import EstimatorKnobs, estimate_in_detail, last_accuracy
+from profiler.paper import choose_all
 from profiler.records import GateRow, LiveAccuracy, Outcome, StreamHistory, TrialChoice
+from profiler.retraining import estimate_retrain
 from profiler.shares import ShareRun, fit_share_curve
-from profiler.trials import TrialKnobs, choose_trials
+from profiler.site import SiteKnowledge, learn_site
+from profiler.trials import Budget, Prospect, TrialKnobs, choose_trials, likely_drift
 from protocol.events import StreamAccuracy
 from protocol.plan import StreamProfile
 from protocol.schema import (
@@ -56,7 +59,7 @@ class GateEvidence(Protocol):
 
 
 class SiteProfiler:
-    """What the coordinator asks of the profiler. ``budget_gpu_s``: busy seconds of a window, all streams."""
+    """What the coordinator asks of the profiler. ``budget_gpu_s``: busy seconds of a window, all streams together."""
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class SiteProfiler:
         *,
         num_streams: int,
         budget_gpu_s: float,
+        window_s: float = 200.0,
         trial_knobs: TrialKnobs | None = None,
         estimator_knobs: EstimatorKnobs | None = None,
         wall_clock: Callable[[], float] = time.time,
@@ -73,10 +77,12 @@ class SiteProfiler:
         self._history = history
         self._retrain = retrain
         self._inference = inference
-        self._budget_gpu_s = budget_gpu_s / max(1, num_streams)
+        self._budget = Budget(budget_gpu_s, max(1, num_streams))
+        self._window_s = window_s
         self._trial_knobs = trial_knobs or TrialKnobs()
         self._estimator_knobs = estimator_knobs or EstimatorKnobs()
         self._wall_clock = wall_clock
+        self._site: SiteKnowledge | None = None
         self._live: dict[tuple[str, int], dict[tuple[int, str], tuple[float, int]]] = {}
         self._quality: dict[str, dict[str, float]] = {}
 
@@ -90,15 +96,21 @@ class SiteProfiler:
         price: float | None = None,
     ) -> TrialChoice:
         """The trials of a stream in a window, within its part of the budget."""
+        if self._estimator_knobs.method == "paper":
+            return choose_all(self._retrain, self._inference, dataset)
+        history = self._history.view(spec.stream_id)
         choice = choose_trials(
             self._retrain,
             self._inference,
             dataset,
-            self._history.view(spec.stream_id),
-            budget_gpu_s=self._budget_gpu_s,
+            history,
+            budget_gpu_s=self._budget.allowance(window, spec.stream_id),
             label_s_per_frame=dataset.label_s_per_frame,
             knobs=self._trial_knobs,
+            prospect=self._prospect(spec, dataset, history, drift, price),
         )
+        self._budget.spend(window, spec.stream_id, choice.gpu_seconds or 0.0)
+        self._history.record_dataset(dataset)
         log.debug(
             "trials stream=%s window=%d retrain=%d inference=%d",
             spec.stream_id,
@@ -107,6 +119,26 @@ class SiteProfiler:
             len(choice.inference),
         )
         return choice
+
+    def _prospect(
+        self,
+        spec: StreamSpec,
+        dataset: DatasetRef,
+        history: StreamHistory,
+        drift: float | None,
+        price: float | None,
+    ) -> Prospect:
+        """What is expected of the window before any trial; an unknown drift is told from labels and accuracy."""
+        site = self._site_knowledge()
+        now = last_accuracy(history)
+        last_mix = self._history.last_mix(spec.stream_id, dataset.window)
+        return Prospect(
+            expected=estimate_retrain(None, dataset, self._retrain, now, history, site) if dataset.num_train else (),
+            accuracy_now=now if site.gaps is None else from_logit(logit(now) + site.gaps.serving),
+            window_s=self._window_s,
+            drift=likely_drift(last_mix, dataset, history) if drift is None else drift,
+            price=price or 0.0,
+        )
 
     def estimate(self, spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:
         """The profile of a stream from this window's trials and all that is remembered; both are kept."""
@@ -117,7 +149,7 @@ class SiteProfiler:
             self._retrain,
             self._inference,
             _before(self._history.view(spec.stream_id), trial),
-            prior=fit_prior(self._history.observations()),
+            site=self._site_knowledge(),
             knobs=self._estimator_knobs,
         )
         now = self._wall_clock()
@@ -127,8 +159,19 @@ class SiteProfiler:
             cost = cost_model(row)
             if cost is not None:
                 self._history.record_cost(group_key(row.config), "", cost, time_s=now)
+                self._site = None
         self._quality[spec.stream_id] = {r.config.config_id: r.relative_accuracy for r in estimate.inference}
         return estimate.profile
+
+    def _site_knowledge(self) -> SiteKnowledge:
+        # Fitted anew when something was learned: many streams are estimated between two outcomes.
+        if self._site is None:
+            self._site = learn_site(
+                self._history.site_windows(),
+                self._history.costs(),
+                correct_live=self._estimator_knobs.correct_live,
+            )
+        return self._site
 
     def retrained(
         self,
@@ -151,6 +194,7 @@ class SiteProfiler:
             run=run,
         )
         self._history.record_outcome(outcome, time_s=now)
+        self._site = None
         if run is not None and run.share is not None:
             self._learn_share(run.device)
 
@@ -200,6 +244,7 @@ class SiteProfiler:
         live = self._models_live(stream_id, window)
         if live:
             self._history.record_live(stream_id, window, live, time_s=now)
+            self._site = None
 
     def _models_live(self, stream_id: str, window: int) -> tuple[LiveAccuracy, ...]:
         """Live accuracy of every model of the window, each frame's taken back to the best inference configuration."""

@@ -12,8 +12,14 @@ import math
 from collections.abc import Sequence
 
 from profiler.costs import CostModel, GroupKey, cost_model, group_key, neighbour_cost
-from profiler.records import StreamHistory, TrialChoice, WindowHistory
+from profiler.records import ConfigEstimate, StreamHistory, TrialChoice, WindowHistory
+from profiler.worth import mix_distance, trial_worths
 from protocol.schema import DatasetRef, InferenceConfig, Record, RetrainConfig
+
+MOST_PARTS = 2.0
+# What counts as all new: a class mix so far (total variation) from the last one, accuracy so far below the promise.
+MIX_DRIFT = 0.3
+SHORTFALL_DRIFT = 0.15
 
 
 class TrialKnobs(Record, frozen=True, kw_only=True):
@@ -26,7 +32,8 @@ class TrialKnobs(Record, frozen=True, kw_only=True):
     ``prune_margin``: a group is pruned when another one reaches this much more accuracy for no more cost;
     ``min_trials``: but not before it was tried in this many windows. ``revive_after``: windows after which a
     pruned group is tried again. ``accuracy_drop``: fall of the realised accuracy against the mean of the
-    earlier windows that revives all.
+    earlier windows that revives all; ``new_drift``: a drift that does so too. ``min_worth``: rise of the
+    window-averaged accuracy that a trial has to promise.
     """
 
     data_share: float = 0.1
@@ -40,6 +47,60 @@ class TrialKnobs(Record, frozen=True, kw_only=True):
     min_trials: int = 2
     revive_after: int = 4
     accuracy_drop: float = 0.05
+    new_drift: float = 0.5
+    min_worth: float = 0.002
+
+
+class Budget:
+    """GPU-seconds of a window for the trials of all streams: what one leaves is there for those that come after it.
+
+    A stream gets its part of what is left and at most ``MOST_PARTS`` parts, so that the first does not take all.
+    """
+
+    def __init__(self, gpu_s: float, num_streams: int) -> None:
+        self._gpu_s, self._num_streams = gpu_s, num_streams
+        self._window = -1
+        self._spent: dict[str, float] = {}
+
+    def allowance(self, window: int, stream_id: str) -> float:
+        """What a stream may spend in a window."""
+        if window != self._window:
+            self._window, self._spent = window, {}
+        left = max(0.0, self._gpu_s - sum(s for name, s in self._spent.items() if name != stream_id))
+        to_come = max(1, self._num_streams - len(self._spent.keys() - {stream_id}))
+        return min(left, max(left / to_come, MOST_PARTS * self._gpu_s / self._num_streams))
+
+    def spend(self, window: int, stream_id: str, gpu_s: float) -> None:
+        """What the trials chosen for a stream are expected to take."""
+        if window == self._window:
+            self._spent[stream_id] = gpu_s
+
+
+class Prospect(Record, frozen=True, kw_only=True):
+    """What is expected of this window before any trial.
+
+    ``expected``: estimates from history alone; ``accuracy_now``: of the serving model, as far as is known. ``drift``:
+    how much the stream has changed, 0 to 1. ``price``: accuracy-seconds that a GPU-second is worth elsewhere.
+    """
+
+    expected: tuple[ConfigEstimate, ...]
+    accuracy_now: float
+    window_s: float
+    drift: float = 0.0
+    price: float = 0.0
+
+
+def likely_drift(last_mix: Sequence[int], dataset: DatasetRef, history: StreamHistory) -> float:
+    """How much a stream has changed, 0 to 1, told from the labels' class mix and from what accuracy fell short by.
+
+    ``last_mix``: crops per class of the labels before; empty = there were none. For want of a better detector.
+    """
+    mix = mix_distance(last_mix, dataset.class_counts) / MIX_DRIFT
+    last = history.windows[-1] if history.windows else None
+    short = 0.0
+    if last is not None and last.predicted is not None and last.realised is not None:
+        short = (last.predicted - last.realised) / SHORTFALL_DRIFT
+    return min(max(mix, short, 0.0), 1.0)
 
 
 def choose_trials(
@@ -51,22 +112,23 @@ def choose_trials(
     budget_gpu_s: float,
     label_s_per_frame: float = 0.0,
     knobs: TrialKnobs | None = None,
+    prospect: Prospect | None = None,
 ) -> TrialChoice:
     """Choose this window's trials within ``budget_gpu_s`` busy seconds at share 1 (may be ``inf``).
 
     Without any trial in ``history`` everything is tried whatever the budget, as nothing is known about costs. Of
     each group that shares a trial the configuration with the most data and epochs stands for all.
     ``label_s_per_frame``: golden-model seconds for a frame that inference is measured on. Retraining trials come
-    before inference measurements; within them, groups longest without a trial first, then those nearest to the
-    front. Samples are cut before epochs and epochs before
-    groups. An empty data set gives no retraining trials. Raises ValueError for
-    a negative or NaN budget.
+    before inference measurements; within them, by their worth per second where ``prospect`` tells what is expected
+    without any of them, and only as long as one is worth its seconds; else groups longest without a trial first,
+    then those nearest to the front. Samples are cut before epochs and epochs before groups. An empty
+    data set gives no retraining trials. Raises ValueError for a negative or NaN budget.
     """
     knobs = knobs or TrialKnobs()
     if not budget_gpu_s >= 0.0:
         raise ValueError(f"budget_gpu_s must be 0 or more, not {budget_gpu_s}")
     num_samples = min(dataset.num_train, max(math.ceil(knobs.data_share * dataset.num_train), knobs.min_samples))
-    groups = _representatives(retrain) if num_samples > 0 else {}
+    groups = representatives(retrain) if num_samples > 0 else {}
     longest = max((config.epochs for config in retrain), default=1)
     epochs = max(min(knobs.max_epochs, longest), 1)
     share = num_samples / dataset.num_train if dataset.num_train > 0 else 0.0
@@ -80,8 +142,12 @@ def choose_trials(
             num_frames=knobs.max_frames,
         )
 
-    pruned = set() if _accuracy_fell(history, knobs) else _far_from_front(groups, history, knobs)
+    drift = prospect.drift if prospect is not None else 0.0
+    revived = _accuracy_fell(history, knobs) or drift >= knobs.new_drift
+    pruned = set() if revived else _far_from_front(groups, history, knobs)
     order = sorted((k for k in groups if k not in pruned), key=lambda k: (-_age(k, history), -_promise(k, history)))
+    if prospect is not None:
+        order = _worth_trying(order, prospect, costs, dataset, num_samples, epochs, knobs)
     more = min(dataset.num_train, max(num_samples, knobs.max_samples))
     few = max(min(knobs.min_epochs, epochs), 1)
     measuring = _inference_seconds(inference, history, label_s_per_frame) * knobs.min_frames
@@ -104,7 +170,33 @@ def choose_trials(
     )
 
 
-def _representatives(retrain: Sequence[RetrainConfig]) -> dict[GroupKey, RetrainConfig]:
+def _worth_trying(
+    order: Sequence[GroupKey],
+    prospect: Prospect,
+    costs: dict[GroupKey, CostModel],
+    dataset: DatasetRef,
+    num_samples: int,
+    num_epochs: int,
+    knobs: TrialKnobs,
+) -> list[GroupKey]:
+    """The groups that may change the plan by enough to pay for their trial, best first."""
+    known = {key: cost for key in order if (cost := costs.get(key) or neighbour_cost(key, costs)) is not None}
+    worths = trial_worths(
+        prospect.expected,
+        prospect.accuracy_now,
+        known,
+        window_s=prospect.window_s,
+        num_validation=dataset.num_validation,
+        num_samples=num_samples,
+        num_epochs=num_epochs,
+        drift=prospect.drift,
+        price=prospect.price,
+    )
+    return [w.key for w in worths if w.gain >= knobs.min_worth + prospect.price * w.seconds / prospect.window_s]
+
+
+def representatives(retrain: Sequence[RetrainConfig]) -> dict[GroupKey, RetrainConfig]:
+    """Of each group that shares a trial the configuration with the most data and epochs, which stands for all."""
     groups: dict[GroupKey, RetrainConfig] = {}
     for config in retrain:
         key = group_key(config)

@@ -13,6 +13,7 @@ from profiler.history import History
 from profiler.microprofiler import estimate_in_detail
 from profiler.priors import MIN_OBSERVATIONS, Observation, fit_prior
 from profiler.records import StreamHistory
+from profiler.site import SiteKnowledge
 from protocol.schema import RetrainConfig
 from tests.profiler.profiler_world import INFERENCE, RETRAIN, SPEC, World
 
@@ -114,7 +115,13 @@ def test_a_prior_sharpens_estimates_from_noisy_trials() -> None:
         trial = world.trial(0, (RETRAIN[4], RETRAIN[10]))
         for given, errors in ((None, plain), (prior, informed)):
             made = estimate_in_detail(
-                SPEC, trial, world.dataset(0), RETRAIN, INFERENCE, StreamHistory(stream_id="north"), prior=given
+                SPEC,
+                trial,
+                world.dataset(0),
+                RETRAIN,
+                INFERENCE,
+                StreamHistory(stream_id="north"),
+                site=SiteKnowledge(prior=given),
             )
             errors += [abs(row.accuracy_after - world.after(row.config)) for row in made.retrain]
     assert float(np.median(informed)) < 0.6 * float(np.median(plain))

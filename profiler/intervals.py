@@ -1,0 +1,63 @@
+"""Prediction intervals that hold: conformal, on the system's own past errors, of the site and of the stream.
+
+Data: past estimates with a scale sigma_i (what the estimator itself thinks its error is) and the error e_i that came
+out. Score: s_i = |e_i| / sigma_i. The interval of a new estimate is  accuracy +- q * sigma,  q the weighted quantile of
+the scores at the wanted level:
+
+1. weights: 1 for the stream's own errors, ``SITE_WEIGHT`` for those of other streams, times ``DECAY`` per window of
+   age; one more weight of 1 at infinity stands for the coming error (split conformal with weights);
+2. before there are errors, ``PRIOR_SCORES`` normal scores stand in, so that q begins at the normal quantile and sigma
+   alone says how wide the interval is: wide, without history.
+
+Normalised conformal prediction: Papadopoulos et al. (2002); weights: Barber et al., "Conformal prediction beyond
+exchangeability" (2023).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import NormalDist
+
+from protocol.schema import Record
+
+LEVEL = 0.8
+# Half-width of the LEVEL interval of a normal distribution in standard deviations.
+Z = NormalDist().inv_cdf(0.5 + 0.5 * LEVEL)
+SITE_WEIGHT = 0.5
+DECAY = 0.85
+PRIOR_SCORES = 8
+PRIOR_WEIGHT = 0.5
+MIN_FACTOR, MAX_FACTOR = 0.3, 4.0
+
+
+class PastError(Record, frozen=True, kw_only=True):
+    """One estimate that has met its outcome. ``age``: windows since then, 0 = the last one."""
+
+    stream_id: str
+    age: int
+    error: float
+    scale: float
+
+
+def factor(errors: Sequence[PastError], stream_id: str, *, level: float = LEVEL) -> float:
+    """What the estimator's own error has to be multiplied with so that the interval ``level`` holds so often.
+
+    Interval: accuracy +- factor * Z * scale (Z for ``level`` = 0.8). 1 = the estimator is right about itself.
+    """
+    scored = [
+        (abs(e.error) / max(e.scale, 1e-6), DECAY**e.age * (1.0 if e.stream_id == stream_id else SITE_WEIGHT))
+        for e in errors
+    ]
+    normal = NormalDist()
+    scored += [
+        (normal.inv_cdf(0.5 + 0.5 * (place + 0.5) / PRIOR_SCORES), PRIOR_WEIGHT) for place in range(PRIOR_SCORES)
+    ]
+    scored.sort()
+    # The coming error has a weight of its own, as one that may lie anywhere above: split conformal's n + 1.
+    wanted = level * (sum(weight for _, weight in scored) + 1.0)
+    total = 0.0
+    for score, weight in scored:
+        total += weight
+        if total >= wanted:
+            return min(max(score / normal.inv_cdf(0.5 + 0.5 * level), MIN_FACTOR), MAX_FACTOR)
+    return MAX_FACTOR if errors else min(scored[-1][0] / normal.inv_cdf(0.5 + 0.5 * level), MAX_FACTOR)

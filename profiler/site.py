@@ -1,0 +1,60 @@
+"""What all streams of a site together have taught; built from the history, handed to every stream's estimate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from profiler.costs import CostModel, GroupKey
+from profiler.intervals import PastError
+from profiler.priors import AccuracyPrior, fit_prior
+from profiler.targets import Gaps, SiteWindow, learn_gaps, observations, worth
+from protocol.schema import Record
+
+
+class SiteKnowledge(Record, frozen=True, kw_only=True):
+    """``prior``: what retrainings reach, None with too few of them. ``gaps``: live against held-out accuracy,
+    None = estimates are held-out accuracies.
+
+    ``errors``: past estimates' errors, for the intervals. ``costs``: of groups of configurations on any stream.
+    """
+
+    prior: AccuracyPrior | None = None
+    gaps: Gaps | None = None
+    errors: tuple[PastError, ...] = ()
+    costs: dict[GroupKey, CostModel] = msgspec.field(default_factory=dict)
+
+
+def learn_site(
+    windows: Sequence[SiteWindow], costs: Mapping[GroupKey, CostModel], *, correct_live: bool
+) -> SiteKnowledge:
+    """``correct_live`` False: live accuracy is left out, estimates and targets are held-out accuracies."""
+    gaps = learn_gaps(windows) if correct_live else None
+    return SiteKnowledge(
+        prior=fit_prior(observations(windows, gaps)),
+        gaps=gaps,
+        errors=_errors(windows, gaps),
+        costs=dict(costs),
+    )
+
+
+def _errors(windows: Sequence[SiteWindow], gaps: Gaps | None) -> tuple[PastError, ...]:
+    newest = max((w.order for w in windows), default=0)
+    found = []
+    for window in windows:
+        estimate = window.history.estimate
+        rows = {row.config: row for row in estimate.retrain} if estimate is not None else {}
+        for outcome in window.history.outcomes:
+            row, reached = rows.get(outcome.result.config), worth(window.history, outcome, gaps)
+            if row is None or reached is None:
+                continue
+            found.append(
+                PastError(
+                    stream_id=window.stream_id,
+                    age=newest - window.order,
+                    error=reached - row.accuracy_after,
+                    scale=row.scale or row.accuracy_error,
+                )
+            )
+    return tuple(found)
