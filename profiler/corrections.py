@@ -1,4 +1,4 @@
-"""What past windows teach: bias and spread of estimates, cost ratios, the gap between validation and live accuracy.
+"""What past windows of a stream teach: cost ratios, what was reached, the gap between validation and live accuracy.
 
 All are weighted means over past errors, newest first, shrunk towards "no correction" as if ``PRIOR_STRENGTH``
 unbiased observations had been made before: one odd window moves little, a steady error is unlearned in a few.
@@ -7,22 +7,17 @@ unbiased observations had been made before: one odd window moves little, a stead
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from profiler.costs import GroupKey, diverged, group_key
 from profiler.records import ConfigEstimate, Outcome, StreamHistory, WindowHistory
-from protocol.schema import Record, RetrainConfig
-
-# What an outcome was worth, None when it says nothing about its configuration.
-Worth = Callable[[WindowHistory, Outcome], float | None]
+from protocol.schema import RetrainConfig
 
 DECAY = 0.8
 PRIOR_STRENGTH = 2.0
 MAX_LIVE_CORRECTION = 0.2
 MAX_COST_RATIO = 4.0
 LOGIT_FLOOR = 0.02
-# How far the accuracy that one configuration reaches wanders from window to window before much is known.
-LEVEL_DRIFT = 0.08
 
 
 def logit(accuracy: float) -> float:
@@ -34,20 +29,6 @@ def logit(accuracy: float) -> float:
 def from_logit(value: float) -> float:
     """The accuracy of a logit."""
     return 1.0 / (1.0 + math.exp(-value))
-
-
-class AccuracyCorrection(Record, frozen=True, kw_only=True):
-    """Mean error of the curves' estimates (realised less estimated) and their spread, both in logits.
-
-    A window that begins at 20 % and one that begins at 70 % leave very different room: an error learned in one
-    carries over as odds, not as points. ``spread`` None = no outcome yet. ``level``: accuracy that this very
-    configuration reached in past windows and its standard error, None when it never ran.
-    """
-
-    bias: float
-    spread: float | None
-    weight: float
-    level: tuple[float, float] | None
 
 
 def shrunk_mean(pairs: Iterable[tuple[float, float]], strength: float = PRIOR_STRENGTH) -> tuple[float, float]:
@@ -73,41 +54,6 @@ def live_correction(history: StreamHistory) -> float:
         errors.append((window.realised - (window.predicted - applied), DECAY**age))
     correction, _ = shrunk_mean(errors)
     return max(-MAX_LIVE_CORRECTION, min(MAX_LIVE_CORRECTION, correction))
-
-
-def accuracy_correction(
-    config: RetrainConfig, history: StreamHistory, worth: Worth, gap: float = 0.0
-) -> AccuracyCorrection:
-    """How estimates of ``config``'s accuracy erred: first over all of the stream's outcomes, then its group's rest.
-
-    ``worth``: what an outcome was worth; ``gap``: what is added to the log-odds of every curve's accuracy anyhow.
-    """
-    key = group_key(config)
-    errors: list[tuple[float, float]] = []
-    own: list[tuple[float, float]] = []
-    levels: list[tuple[float, float]] = []
-    for age, window in enumerate(reversed(history.windows)):
-        for outcome in window.outcomes:
-            reached = worth(window, outcome)
-            if reached is None:
-                continue
-            weight = DECAY**age
-            if outcome.result.config == config:
-                levels.append((reached, weight))
-            before = _estimated(window, outcome)
-            if before is None:
-                continue
-            error = logit(reached) - logit(before.curve_accuracy) - gap
-            errors.append((error, weight))
-            if group_key(outcome.result.config) == key:
-                own.append((error, weight))
-    pooled, weights = shrunk_mean(errors)
-    rest, _ = shrunk_mean((error - pooled, weight) for error, weight in own)
-    bias = pooled + rest
-    spread = None
-    if errors:
-        spread = math.sqrt(sum(w * (e - bias) ** 2 for e, w in errors) / weights)
-    return AccuracyCorrection(bias=bias, spread=spread, weight=weights, level=_level(levels))
 
 
 def reached_best(config: RetrainConfig, history: StreamHistory) -> float | None:
@@ -182,13 +128,3 @@ def _estimated(window: WindowHistory, outcome: Outcome) -> ConfigEstimate | None
     if window.estimate is None:
         return None
     return next((row for row in window.estimate.retrain if row.config == outcome.result.config), None)
-
-
-def _level(levels: list[tuple[float, float]]) -> tuple[float, float] | None:
-    weights = sum(weight for _, weight in levels)
-    if weights <= 0.0:
-        return None
-    mean = sum(value * weight for value, weight in levels) / weights
-    variance = (LEVEL_DRIFT**2 + sum(w * (v - mean) ** 2 for v, w in levels)) / (1.0 + weights)
-    # The next window is a new draw: its own spread does not shrink with the number of past ones.
-    return mean, math.sqrt(variance * (1.0 + 1.0 / weights))

@@ -145,6 +145,8 @@ def estimate_in_detail(
         live_correction=live,
         retrain=rows,
         inference=measured,
+        num_train=dataset.num_train,
+        num_validation=dataset.num_validation,
     )
 
 

@@ -60,6 +60,8 @@ class Estimate(Record, frozen=True, kw_only=True):
     live_correction: float
     retrain: tuple[ConfigEstimate, ...]
     inference: tuple[InferenceEstimate, ...]
+    num_train: int = 0
+    num_validation: int = 0
 
 
 class Outcome(Record, frozen=True, kw_only=True):

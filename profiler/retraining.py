@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from profiler.corrections import accuracy_correction, cost_ratio, from_logit, logit, reached_best
+from profiler.corrections import DECAY, cost_ratio, reached_best, shrunk_mean
 from profiler.costs import CostModel, GroupKey, cost_model, diverged, group_key, key_distance, neighbour_cost
-from profiler.curves import MIN_ERROR, LearningCurve, effective_effort, fit_curve, likely_ceiling
-from profiler.intervals import factor
-from profiler.priors import ERROR_PER_HALF_WIDTH
+from profiler.curves import LearningCurve, effective_effort, fit_curve, likely_ceiling
+from profiler.intervals import PastError, factor
+from profiler.points import noise, trial_points, wanted, window_points
+from profiler.process import adapted, predict, thinned
 from profiler.records import ConfigEstimate, EstimateSource, StreamHistory
 from profiler.site import SiteKnowledge
 from profiler.targets import worth
@@ -19,9 +20,16 @@ from protocol.schema import DatasetRef, Record, RetrainConfig, RetrainTrial, Tri
 # from another configuration (per unit of distance).
 ERROR_PER_AGE = 0.02
 ERROR_PER_DISTANCE = 0.03
-# Weight of a curve's own standard error against the spread of past errors, in observations.
-CURVE_ERROR_STRENGTH = 2.0
 MAX_ERROR = 0.5
+# Estimates without an error that a stream is assumed to have had, when its own mean error is taken off.
+HABIT_STRENGTH = 2.0
+FRESH_START_DROP = 0.08
+# Part of the error left after a short trial that long training still removes: little for a head alone, much for a
+# whole small network (benchmarks/bench_profiler_city.py).
+HEAD_GAIN = 0.15
+DEPTH_GAIN = 0.4
+# Estimates without an error that a stream is assumed to have had, when its own mean error is taken off.
+HABIT_STRENGTH = 2.0
 FRESH_START_DROP = 0.08
 # Part of the error left after a short trial that long training still removes: little for a head alone, much for a
 # whole small network (benchmarks/bench_profiler_city.py).
@@ -69,6 +77,14 @@ def estimate_retrain(
             costs[key] = cost
 
     known_costs = {**site.costs, **costs}
+    expected = _expected(trial, dataset, retrain, accuracy_now, history, site)
+    # The process takes the serving model's accuracy for exact; on a handful of labels it is anything but.
+    now_error = noise(accuracy_now, dataset.num_train + dataset.num_validation)
+    own_errors = past_errors(history, site)
+    # What the stream's past estimates were too low by: whatever the process has no term for.
+    habit, _ = shrunk_mean(((e.error, DECAY**e.age) for e in own_errors), HABIT_STRENGTH)
+    others = [e for e in site.errors if e.stream_id != history.stream_id]
+    widened = factor([*own_errors, *others], history.stream_id)
     rows = []
     for config in retrain:
         key = group_key(config)
@@ -77,28 +93,27 @@ def estimate_retrain(
             continue
         effort = effective_effort(config.epochs, config.data_fraction * dataset.num_train)
         found = curves.get(key) or _nearest(key, curves)
+        after, scale = expected[config]
+        after += habit
+        scale = math.hypot(scale, now_error)
+        accuracy, error = after, scale
+        source: EstimateSource = "site" if site.points else "assumed"
         if found is not None:
+            # The curve alone, as it is read without the process: kept beside the estimate to compare the two.
             accuracy, error = found.curve.predict(effort)
             if found.start != accuracy_now:
                 accuracy = _carry_over(accuracy, found.start, accuracy_now)
             error, source = math.hypot(error, found.extra_error), found.source
-        else:
-            accuracy, error = _assumed(config, effort, dataset.num_train, accuracy_now)
-            source = "site" if site.prior is not None else "assumed"
-        after, scale = _blend(accuracy, error, config, history, site)
-        if site.prior is not None:
-            expected, half_width = site.prior.predict(history.stream_id, accuracy_now, config)
-            after, scale = _weigh((after, scale), (expected, half_width * ERROR_PER_HALF_WIDTH))
         base = cost.gpu_seconds(config, dataset.num_train)
         rows.append(
             ConfigEstimate(
                 config=config,
                 source=source,
-                curve_accuracy=accuracy,
+                curve_accuracy=_clip(accuracy),
                 curve_error=error,
                 base_gpu_seconds=base,
                 accuracy_after=_clip(after),
-                accuracy_error=min(scale * factor(site.errors, history.stream_id), MAX_ERROR),
+                accuracy_error=min(scale * widened, MAX_ERROR),
                 gpu_seconds=base * cost_ratio(config, history),
                 scale=scale,
             )
@@ -106,38 +121,56 @@ def estimate_retrain(
     return tuple(rows)
 
 
-def _assumed(config: RetrainConfig, effort: float, num_train: int, accuracy_now: float) -> tuple[float, float]:
-    """Accuracy that training of this depth and effort may get to, and its wide error: nothing was measured."""
-    reach = HEAD_GAIN + DEPTH_GAIN * config.trained_fraction
-    part = effort / (effort + ASSUMED_EPOCHS * max(num_train, 1))
-    return accuracy_now + reach * part * (1.0 - accuracy_now), ASSUMED_ERROR
+def past_errors(history: StreamHistory, site: SiteKnowledge) -> list[PastError]:
+    """Errors of the stream's own past estimates, age 0 the newest window."""
+    errors = []
+    for age, window in enumerate(reversed(history.windows)):
+        rows = {row.config: row for row in window.estimate.retrain} if window.estimate is not None else {}
+        for outcome in window.outcomes:
+            row, reached = rows.get(outcome.result.config), worth(window, outcome, site.gaps)
+            if row is not None and reached is not None:
+                errors.append(
+                    PastError(
+                        stream_id=history.stream_id,
+                        age=age,
+                        error=reached - row.accuracy_after,
+                        scale=row.scale or row.accuracy_error,
+                    )
+                )
+    return errors
 
 
-def _blend(
-    accuracy: float, error: float, config: RetrainConfig, history: StreamHistory, site: SiteKnowledge
-) -> tuple[float, float]:
-    """Curve estimate corrected by past errors, then weighed by precision against what the configuration reached."""
-    gap = site.gaps.retrained if site.gaps is not None else 0.0
-    learned = accuracy_correction(config, history, lambda w, o: worth(w, o, site.gaps), gap)
-    corrected = from_logit(logit(accuracy) + gap + learned.bias)
-    variance = error**2
-    if learned.spread is not None:
-        # The slope of the accuracy over its logit takes the spread back to points.
-        spread = max(learned.spread * corrected * (1.0 - corrected), MIN_ERROR)
-        variance = (CURVE_ERROR_STRENGTH * error**2 + learned.weight * spread**2) / (
-            CURVE_ERROR_STRENGTH + learned.weight
-        )
-    if learned.level is not None:
-        corrected, error = _weigh((corrected, math.sqrt(variance)), learned.level)
-    else:
-        error = math.sqrt(variance)
-    return _clip(corrected), min(error, MAX_ERROR)
+def _expected(
+    trial: TrialResult | None,
+    dataset: DatasetRef,
+    retrain: Sequence[RetrainConfig],
+    accuracy_now: float,
+    history: StreamHistory,
+    site: SiteKnowledge,
+) -> dict[RetrainConfig, tuple[float, float]]:
+    """Accuracy after every configuration and its error: the process, averaged with the regression where there is one.
 
-
-def _weigh(a: tuple[float, float], b: tuple[float, float]) -> tuple[float, float]:
-    """Mean of two (value, standard error) by their precisions, and its standard error."""
-    mine, theirs = 1.0 / max(a[1] ** 2, 1e-9), 1.0 / max(b[1] ** 2, 1e-9)
-    return (mine * a[0] + theirs * b[0]) / (mine + theirs), math.sqrt(1.0 / (mine + theirs))
+    The two err differently (one knows this window's trials and models' luck, the other is linear and stiff), and their
+    plain mean is better than either on published measurements.
+    """
+    live, order = site.gaps is not None, len(history.windows)
+    own = [
+        point
+        for place, window in enumerate(history.windows)
+        for point in window_points(history.stream_id, place, window, live=live)
+    ]
+    if trial is not None:
+        own += trial_points(history.stream_id, order, accuracy_now, trial, dataset.num_validation)
+    points = thinned(own, [p for p in site.points if p.stream_id != history.stream_id])
+    targets = wanted(history.stream_id, order, accuracy_now, retrain, dataset.num_train, live=live)
+    means, errors = predict(points, targets, adapted(points))
+    found = {}
+    for config, mean, error in zip(retrain, means, errors, strict=True):
+        after = float(mean)
+        if site.prior is not None:
+            after = 0.5 * (after + site.prior.predict(history.stream_id, accuracy_now, config)[0])
+        found[config] = (after, float(error))
+    return found
 
 
 def _by_group(trials: Sequence[RetrainTrial]) -> dict[GroupKey, list[RetrainTrial]]:

@@ -8,7 +8,9 @@ import msgspec
 
 from profiler.costs import CostModel, GroupKey
 from profiler.intervals import PastError
+from profiler.points import window_points
 from profiler.priors import AccuracyPrior, fit_prior
+from profiler.process import Point
 from profiler.targets import Gaps, SiteWindow, learn_gaps, observations, worth
 from protocol.schema import Record
 
@@ -18,12 +20,14 @@ class SiteKnowledge(Record, frozen=True, kw_only=True):
     None = estimates are held-out accuracies.
 
     ``errors``: past estimates' errors, for the intervals. ``costs``: of groups of configurations on any stream.
+    ``points``: accuracies measured on all streams.
     """
 
     prior: AccuracyPrior | None = None
     gaps: Gaps | None = None
     errors: tuple[PastError, ...] = ()
     costs: dict[GroupKey, CostModel] = msgspec.field(default_factory=dict)
+    points: tuple[Point, ...] = ()
 
 
 def learn_site(
@@ -36,6 +40,9 @@ def learn_site(
         gaps=gaps,
         errors=_errors(windows, gaps),
         costs=dict(costs),
+        points=tuple(
+            point for w in windows for point in window_points(w.stream_id, w.order, w.history, live=correct_live)
+        ),
     )
 
 
