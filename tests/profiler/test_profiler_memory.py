@@ -91,7 +91,7 @@ def test_a_file_of_the_first_schema_is_read_and_goes_on(tmp_path: Path) -> None:
         assert window.realised == 0.6
         assert history.gates("north") == ()
     with sqlite3.connect(path) as db:
-        assert db.execute("PRAGMA user_version").fetchone() == (2,)
+        assert db.execute("PRAGMA user_version").fetchone() == (3,)
     db.close()
     assert not list(tmp_path.glob("*.corrupt*"))
 
