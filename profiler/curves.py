@@ -170,6 +170,15 @@ def fit_curve(
     return LearningCurve(components=components, noise=noise, last_effort=float(x.max()), num_points=int(x.size))
 
 
+def best_hyperbola(epochs: Sequence[float], accuracies: Sequence[float], at: float) -> float:
+    """w_0 + w_1 * k / (k + tau), w >= 0, of least squared error over a grid of tau, read at ``at`` epochs, 0..1."""
+    x, y = np.asarray(epochs, dtype=np.float64), np.asarray(accuracies, dtype=np.float64)
+    scales = np.geomspace(0.25, 64.0, 25)
+    fits = [(float(tau), *nnls(np.column_stack([np.ones_like(x), x / (x + tau)]), y)) for tau in scales]
+    tau, weights, _ = min(fits, key=lambda fit: fit[2])
+    return float(np.clip(weights[0] + weights[1] * at / (at + tau), 0.0, 1.0))
+
+
 def _binomial_noise(accuracy: float, num_validation: int) -> float:
     if num_validation <= 0:
         return 0.0

@@ -13,9 +13,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from scipy.optimize import nnls
 
 from profiler.costs import MIN_GPU_SECONDS, diverged, group_key
+from profiler.curves import best_hyperbola
 from profiler.records import ConfigEstimate, TrialChoice
 from profiler.trials import representatives
 from protocol.schema import DatasetRef, InferenceConfig, RetrainConfig, RetrainTrial, TrialResult
@@ -23,7 +23,6 @@ from protocol.schema import DatasetRef, InferenceConfig, RetrainConfig, RetrainT
 NUM_EPOCHS = 5
 DATA_SHARE = 0.1
 NUM_FRAMES = 60
-_SCALES = np.geomspace(0.25, 64.0, 25)
 
 
 def choose_all(
@@ -71,8 +70,4 @@ def estimate_as_paper(
 def extrapolate(trial: RetrainTrial, epochs: int) -> float:
     """Accuracy after ``epochs`` epochs by the one curve that fits the trial's epochs best, 0..1."""
     points = [(e.epoch, e.accuracy) for e in trial.epochs if e.epoch == 0 or not diverged(e.loss)]
-    x = np.array([epoch for epoch, _ in points], dtype=np.float64)
-    y = np.array([accuracy for _, accuracy in points])
-    fits = [(scale, *nnls(np.column_stack([np.ones_like(x), x / (x + scale)]), y)) for scale in _SCALES]
-    scale, weights, _ = min(fits, key=lambda fit: fit[2])
-    return float(np.clip(weights[0] + weights[1] * epochs / (epochs + scale), 0.0, 1.0))
+    return best_hyperbola([epoch for epoch, _ in points], [accuracy for _, accuracy in points], epochs)
