@@ -16,11 +16,11 @@ from typing import Literal
 
 from profiler.corrections import from_logit, live_correction, logit
 from profiler.costs import GroupKey, group_key
+from profiler.knowledge import SiteKnowledge
 from profiler.paper import estimate_as_paper
 from profiler.quality import measure_inference
 from profiler.records import ConfigEstimate, Estimate, InferenceEstimate, StreamHistory
 from profiler.retraining import estimate_retrain
-from profiler.site import SiteKnowledge
 from profiler.targets import Gaps
 from protocol.plan import InferenceProfile, RetrainProfile, StreamProfile
 from protocol.schema import (

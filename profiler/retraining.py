@@ -9,10 +9,10 @@ from profiler.corrections import DECAY, cost_ratio, reached_best, shrunk_mean
 from profiler.costs import CostModel, GroupKey, cost_model, diverged, group_key, key_distance, neighbour_cost
 from profiler.curves import LearningCurve, effective_effort, fit_curve, likely_ceiling
 from profiler.intervals import PastError, factor
+from profiler.knowledge import SiteKnowledge
 from profiler.points import noise, trial_points, wanted, window_points
 from profiler.process import adapted, predict, thinned
 from profiler.records import ConfigEstimate, EstimateSource, StreamHistory
-from profiler.site import SiteKnowledge
 from profiler.targets import worth
 from protocol.schema import DatasetRef, Record, RetrainConfig, RetrainTrial, TrialResult
 

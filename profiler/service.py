@@ -12,12 +12,12 @@ import msgspec
 from profiler.corrections import from_logit, logit
 from profiler.costs import cost_model, group_key
 from profiler.history import History
+from profiler.knowledge import SiteKnowledge, learn_site
 from profiler.microprofiler import EstimatorKnobs, estimate_in_detail, last_accuracy
 from profiler.paper import choose_all
 from profiler.records import GateRow, LiveAccuracy, Outcome, StreamHistory, TrialChoice
 from profiler.retraining import estimate_retrain
 from profiler.shares import ShareRun, fit_share_curve
-from profiler.site import SiteKnowledge, learn_site
 from profiler.trials import Budget, Prospect, TrialKnobs, choose_trials, likely_drift
 from protocol.events import StreamAccuracy
 from protocol.plan import StreamProfile

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from profiler.history import History
+from profiler.knowledge import SiteKnowledge
 from profiler.microprofiler import estimate_in_detail
 from profiler.priors import MIN_OBSERVATIONS, Observation, fit_prior
 from profiler.records import StreamHistory
-from profiler.site import SiteKnowledge
 from protocol.schema import RetrainConfig
 from tests.profiler.profiler_world import INFERENCE, RETRAIN, SPEC, World
 
