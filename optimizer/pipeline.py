@@ -16,8 +16,9 @@ from protocol.events import LabelsCollected, ProfileEstimated
 from protocol.messages import LabelJob, RetrainJob, TrialJob
 from protocol.schema import LabelResult, LiveSource, RetrainConfig, RetrainResult, StreamSpec, TrialResult
 
-# With fewer labelled crops than this neither a trial nor its validation says anything.
-_LEAST_CROPS = 8
+# With fewer labelled crops, or frames of a detection stream, on either side neither a trial nor its validation says
+# anything. A frame holds several objects.
+_LEAST_EXAMPLES = {"classification": 8, "detection": 4}
 
 BOOTSTRAP_ID = "bootstrap"
 
@@ -57,7 +58,7 @@ class Pipeline:
             return []
         dataset = result.dataset
         stream.dataset = dataset
-        enough = min(dataset.num_train, dataset.num_validation) >= _LEAST_CROPS
+        enough = min(dataset.num_train, dataset.num_validation) >= _LEAST_EXAMPLES[self._specs[stream.stream_id].task]
         if stream.checkpoint is None:
             stream.stage = "train"
         else:
