@@ -36,8 +36,9 @@ from executor.links import (
     SwapRefused,
 )
 from protocol.codec import decode, encode
-from protocol.messages import InferenceJob, Job, LabelJob, RetrainJob, TrialJob
+from protocol.messages import CanaryJob, InferenceJob, Job, LabelJob, RetrainJob, TrialJob
 from protocol.schema import (
+    CanaryResult,
     CheckpointRef,
     DatasetRef,
     InferenceConfig,
@@ -216,6 +217,30 @@ def test_a_stream_is_labelled_bootstrapped_profiled_and_served(tmp_path: Path, s
 
 
 # ---------------------------------------------------------------- serving
+
+
+def test_a_canary_compares_two_models_and_names_one_that_is_lost(tmp_path: Path, start: Callable[..., Running]) -> None:
+    model = inference_job(tmp_path).checkpoint
+    job = CanaryJob(
+        job_id="canary",
+        stream=STREAM,
+        share=0.5,
+        window=1,
+        from_s=20.0,
+        to_s=25.0,
+        label_fps=2.0,
+        candidate=model,
+        previous=model,
+    )
+    canary = start(job)
+    result = canary.until(JobDone).result
+    assert isinstance(result, CanaryResult)
+    assert result.num_frames == 10
+    assert result.paired.num_objects > 0
+    assert result.paired.num_won == result.paired.num_lost == 0
+    assert canary.exit_code() == 0
+    lost = msgspec.structs.replace(model, path="checkpoints/none.safetensors")
+    assert start(msgspec.structs.replace(job, candidate=lost)).until(JobBroken).kind == "checkpoint"
 
 
 def test_frames_keep_coming_at_the_streams_rate_and_none_is_lost(tmp_path: Path, start: Callable[..., Running]) -> None:
