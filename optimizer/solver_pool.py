@@ -8,7 +8,6 @@ from optimizer.solver_process import ChildLostError, SolverProcess
 
 QUICK_DEATH_S = 5.0  # a child that ends sooner than this counts as unable to start
 MAX_RESTART_WAIT_S = 60.0
-START_PATIENCE_S = 90.0  # a child that compiles its search for the first time may take so long on a busy machine
 
 
 class SolverPool:
@@ -75,15 +74,6 @@ class SolverPool:
             self.child = None
         self._promote_spare()
         self.ensure()
-
-    def late(self) -> None:
-        """The child did not answer in time: end it, unless it is still starting, which would only begin again.
-
-        What it was asked it answers at once when it has started, for that deadline has passed then; nobody listens.
-        """
-        starting = self.child is not None and not self.child.ready
-        if not (starting and self._clock() - self._started_s < START_PATIENCE_S):
-            self.replace()
 
     def lose(self) -> None:
         """The child ended by itself: clear it away; start another, later and later if it never lives long."""
