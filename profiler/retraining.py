@@ -28,16 +28,6 @@ FRESH_START_DROP = 0.08
 # whole small network (benchmarks/bench_profiler_city.py).
 HEAD_GAIN = 0.15
 DEPTH_GAIN = 0.4
-# Estimates without an error that a stream is assumed to have had, when its own mean error is taken off.
-HABIT_STRENGTH = 2.0
-FRESH_START_DROP = 0.08
-# Part of the error left after a short trial that long training still removes: little for a head alone, much for a
-# whole small network (benchmarks/bench_profiler_city.py).
-HEAD_GAIN = 0.15
-DEPTH_GAIN = 0.4
-# Where neither a trial nor another stream says anything: half of that gain after so many epochs, give or take this.
-ASSUMED_EPOCHS = 6.0
-ASSUMED_ERROR = 0.15
 
 
 class _Curve(Record, frozen=True, kw_only=True):
