@@ -183,7 +183,7 @@ def test_ingest_lists_problems_and_ends_with_2(tmp_path: Path, command: Command)
     ("words", "text"),
     [
         (["{dir}/none"], "is not there"),
-        (["{dir}"], "neither a sample list"),
+        (["{dir}"], "give the COCO annotation file itself"),
         (["{dir}/set.json", "--format", "xml"], "format: 'xml' is not known"),
         (["{dir}/set.json", "--images", "{dir}/nowhere"], "images: {dir}/nowhere is not there"),
         (["{dir}/set.json", "--windows", "0"], "--windows 0"),
