@@ -41,7 +41,7 @@ class Carrier:
                 stream.serving_config, stream.serving_share = serve.config, serve.share
             wish = retraining(assignment, stream.profile, state.ended)
             if not stream.settled:
-                self._set_retraining(stream, wish, assignment.retrain is not None, now)
+                self._set_retraining(stream, wish, now)
 
     def _move(self, stream: StreamState, now: float) -> None:
         """The stream is to be served elsewhere; the old place goes on until the new one is ready."""
@@ -86,13 +86,14 @@ class Carrier:
                 used[leaving.executor_id] -= leaving.share
                 stream.leaving = None
 
-    def _set_retraining(self, stream: StreamState, wish: Retraining | None, planned: bool, now: float) -> None:
+    def _set_retraining(self, stream: StreamState, wish: Retraining | None, now: float) -> None:
         running = stream.running
         if running is not None and running.stopped_s is not None:
             return  # it is handing in what it has
         if wish is None:
-            if running is not None and not planned:
-                stream.running = None
+            # Not in the plan, or begun while the plan was made, which lets others go first: their shares and this
+            # one's do not fit together. The little that it has done is lost.
+            stream.running = None
             return
         if running is not None and (running.retrain_id, running.executor_id) == (wish.retrain_id, wish.executor_id):
             if abs(running.share - wish.share) > 1e-9:

@@ -91,6 +91,8 @@ class CloudCarrier:
 
     def advance(self, now: float) -> None:
         """Bring what is known of the transfers up to ``now`` (site clock)."""
+        if not self.links:
+            return
         passed_s, self._state.links_s = now - self._state.links_s, now
         for link in self.links:
             advance(self._queue(link), link, passed_s)

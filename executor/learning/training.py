@@ -107,6 +107,17 @@ def frame_mean_accuracy(student: Student, crops: CropSet, device: Device, steppe
     return frame_mean(correctness(student, crops, device, stepper), crops.frame_index)
 
 
+def even_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:
+    """``order`` in batches of about ``batch_size``, all of one size or one more, none of a single example.
+
+    A last batch of one has no batch statistics: normalisation layers refuse it where its map is one pixel. A set of
+    a single example is taken twice.
+    """
+    if len(order) == 1:
+        return [np.repeat(order, 2)]
+    return np.array_split(order, max(1, min(math.ceil(len(order) / batch_size), len(order) // 2)))
+
+
 class Trainer(ABC):
     """Trains ``student`` in place with ``config``; Adam, fixed seed. ``average`` is the result.
 
@@ -157,8 +168,8 @@ class Trainer(ABC):
         """Train one pass. True when a stop was requested before its end. Raises DivergedError."""
         self._student.train()
         order = self._draw.choice(len(self._weight), size=len(self._weight), p=self._weight)
-        for start in range(0, len(order), self._batch_size):
-            self.batch(torch.from_numpy(order[start : start + self._batch_size]))
+        for picked in even_batches(order, self._batch_size):
+            self.batch(torch.from_numpy(picked))
             if stepper.step():
                 return True
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -11,7 +12,7 @@ from executor.learning.device import Device
 from executor.learning.inference import CropClassifier
 from executor.learning.models import Classifier, build_student, named_spec, set_trainable
 from executor.learning.stepping import FreeStepper
-from executor.learning.training import CropTrainer
+from executor.learning.training import CropTrainer, even_batches
 from protocol.errors import InputError
 from protocol.schema import RetrainConfig, StudentSpec
 from tests.executor.test_learning_data import crop_set
@@ -124,3 +125,19 @@ def test_every_published_name_is_accepted_or_refused_in_words() -> None:
             zoo.check_name(name)
         except InputError as error:
             assert name in str(error)  # noqa: PT017 - the message is what is tested
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7, 32, 33, 64, 65, 97])
+@pytest.mark.parametrize("batch_size", [1, 2, 32])
+def test_no_batch_holds_a_single_example(count: int, batch_size: int) -> None:
+    batches = even_batches(np.arange(count), batch_size)
+    sizes = [len(batch) for batch in batches]
+    assert min(sizes) >= 2
+    assert max(sizes) <= max(3, batch_size + 1)
+    assert sorted(set(np.concatenate(batches).tolist())) == list(range(count))
+
+
+def test_one_crop_more_than_a_batch_trains_a_network_whose_last_map_is_one_pixel() -> None:
+    net = student("resnet18")
+    config = RetrainConfig(config_id="x", epochs=1, batch_size=8, trained_fraction=1.0)
+    assert not CropTrainer(net, config, crop_set([0, 1, 2] * 3, px=32), CPU, 0).epoch(FreeStepper())

@@ -81,12 +81,18 @@ class Log:
 
 
 def start(
-    world: TestWorld | None = None, *, num_streams: int = 2, num_gpus: int = 1, think_s: float = 0.0, **changes: object
+    world: TestWorld | None = None,
+    *,
+    num_streams: int = 2,
+    num_gpus: int = 1,
+    think_s: float = 0.0,
+    solver: Callable[[Problem, Plan | None], Plan] | None = None,
+    **changes: object,
 ) -> tuple[Simulation, Log, TestProfiler]:
     """A site that is carried on to the moment when the plan of window 0 is in force."""
     config = site(num_streams=num_streams, gate=NO_CANARY, **changes)
     run, _, profiler = simulation(config, num_gpus=num_gpus, num_windows=None, world=world, join=False)
-    run._solver = queued if num_streams == 2 else thief
+    run._solver = solver or (queued if num_streams == 2 else thief)
     run._decision_s = lambda _: think_s
     for index in range(num_gpus):
         run.join(SimulatedExecutor(GpuSpec(gpu_id=f"gpu{index}"), run._world, announces_ready=True))
@@ -222,6 +228,39 @@ def test_measured_accuracy_alone_plans_nothing() -> None:
         run.give(Measured(event=poor))  # type: ignore[arg-type]
     run.run(until_s=run.now + 3.0)
     assert len(log.asked) == asked
+
+
+def overtaken(problem: Problem, last: Plan | None) -> Plan:
+    """s0 first, then s1; asked again when s0 has ended, s2 goes before s1."""
+    known = {s.stream_id: {p.retrain_id for p in s.retrain} for s in problem.streams}
+    if "cheap" not in known["s1"]:
+        return thief(problem, last)
+    chain = ("s0", "s1") if "cheap" in known["s0"] else tuple(s for s in ("s2", "s1") if "cheap" in known[s])
+    assignments = []
+    for stream in problem.streams:
+        step = None
+        if stream.stream_id in chain:
+            after = chain[: chain.index(stream.stream_id)]
+            step = RetrainStep(retrain_id="cheap", gpu_id="gpu0", share=0.4, after=after)
+        serve = InferenceStep(inference_id="half", gpu_id="gpu0", share=0.2)
+        assignments.append(Assignment(stream_id=stream.stream_id, inference=(serve,), retrain=step))
+    report = SolveReport(policy="hand", status="heuristic")
+    plan = Plan(window_s=problem.window_s, assignments=tuple(assignments), report=report)
+    assert judge(problem, plan).only_floors_broken
+    return stamped(problem, plan)
+
+
+def test_what_begins_while_a_plan_is_made_that_lets_others_go_first_makes_room_for_them() -> None:
+    run, log, _ = start(num_streams=3, think_s=0.5, solver=overtaken)
+    while not ends(run):
+        run.run(until_s=run.now + 0.1)
+    assert begun(run, "s1")  # by the old plan, while the new one is made
+    run.run(until_s=run.now + 1.0)
+    assert begun(run, "s2")
+    assert not begun(run, "s1")
+    assert all(sum(job.share for job in plan.jobs) <= 1.0 + 1e-9 for _, plan in log.sent)
+    run.run(until_s=run.coordinator.window_end_s() - 1.0)
+    assert {"s0", "s1", "s2"} <= set(ends(run))
 
 
 def test_executors_that_join_or_leave_have_the_rest_of_the_window_planned_anew() -> None:
