@@ -22,7 +22,6 @@ from protocol.messages import Ack, Goodbye, Heartbeat, Rejected, ToClient, ToSer
 from protocol.plan import InferenceProfile, Plan, PlanVersion, Problem, StreamProfile
 from protocol.schema import GpuSpec
 
-NAMES = st.from_regex(r"[A-Za-z0-9][A-Za-z0-9._-]{0,20}", fullmatch=True)
 TEXTS = st.text(st.characters(codec="utf-8"), max_size=20)
 
 
@@ -43,8 +42,8 @@ def _values(info: mi.Type) -> st.SearchStrategy[Any]:
             return st.none()
         case mi.BoolType():
             return st.booleans()
-        case mi.StrType(pattern=pattern) if pattern is not None:
-            return NAMES
+        case mi.StrType(pattern=pattern, max_length=high) if pattern is not None:
+            return st.from_regex(pattern, fullmatch=True).map(lambda text: text[:high])
         case mi.StrType(min_length=low, max_length=high):
             return st.text("0123456789abcdef", min_size=low or 0, max_size=high or 20) if low else TEXTS
         case mi.IntType():
