@@ -22,7 +22,7 @@ from collections.abc import Callable
 
 import msgspec
 
-from optimizer.policies.registry import Policy, get_policy, policy_entry
+from optimizer.policies.registry import Policy, get_policy, policy_entry, warm_up
 from optimizer.problems import random_problem
 from protocol.codec import encode
 from protocol.errors import EkyaError, ProtocolError
@@ -126,6 +126,7 @@ def main(policy_name: str, parent_pid: int) -> int:
     link = socket.socket(fileno=os.dup(0))
     policy = get_policy(policy_name)
     offering = policy_entry(policy_name).offers
+    warm_up(policy_name)
     with contextlib.suppress(EkyaError):
         policy(random_problem(2, 1, 3, seed=0), 1.0)
     buffer = bytearray()

@@ -20,7 +20,7 @@ ALLOWED = {
 }
 HOMES = {
     "ortools": ("optimizer/policies/",),
-    "numba": ("optimizer/policies/timeline_pool.py",),
+    "numba": ("optimizer/policies/timeline_kernels.py",),
     "torch": ("executor/learning/", "executor/worker", "executor/preload.py"),
     "torchvision": ("executor/learning/", "executor/worker", "executor/preload.py"),
     "torchmetrics": ("executor/learning/", "executor/preload.py"),

@@ -13,6 +13,7 @@ from collections.abc import Callable
 import msgspec
 
 from optimizer.objective import Verdict, judge
+from optimizer.policies import timeline_cache
 from optimizer.policies.milp import milp
 from optimizer.policies.reductions import labels_are_short, plain, with_cloud_steps
 from optimizer.policies.thief import thief
@@ -24,6 +25,12 @@ from protocol.plan import Plan, Problem
 _TIMELINE_PART = 0.7
 # Beyond so many streams the static MILP does not come back within what is left.
 _MANY_STREAMS = 300
+_LOADING_S = 30.0
+
+
+def warm() -> None:
+    """Load the compiled search; where it has not been compiled yet, have that done by a process of its own."""
+    timeline_cache.prepare(_LOADING_S)
 
 
 def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan], None] | None = None) -> Plan:

@@ -18,18 +18,22 @@ Policy = Callable[[Problem, float], Plan]
 class PolicyEntry:
     """Where a policy is found. ``exact``: it strives for the best plan, so that any better plan at hand may be
     sent instead of its own; the others are sent as they are. ``solver``: it loads a solver and runs in a child.
-    ``offers``: takes a third argument, a function that it hands plans to before it is done."""
+    ``offers``: takes a third argument, a function that it hands plans to before it is done. ``warm``: a function of
+    the module that loads what the policy would load at its first problem."""
 
     module: str
     function: str
     exact: bool = False
     solver: bool = False
     offers: bool = False
+    warm: str = ""
 
 
 POLICIES: dict[str, PolicyEntry] = {
     "milp": PolicyEntry("optimizer.policies.milp", "milp", exact=True, solver=True),
-    "timeline": PolicyEntry("optimizer.policies.ladder", "timeline_or_static", exact=True, solver=True, offers=True),
+    "timeline": PolicyEntry(
+        "optimizer.policies.ladder", "timeline_or_static", exact=True, solver=True, offers=True, warm="warm"
+    ),
     "thief": PolicyEntry("optimizer.policies.thief", "thief"),
     "thief:one-pass": PolicyEntry("optimizer.policies.thief", "thief_one_pass"),
     "thief:fixed-config": PolicyEntry("optimizer.policies.baselines", "thief_fixed_config"),
@@ -63,6 +67,13 @@ def get_policy(name: str) -> Policy:
         return planned_on_quantile(variant)
     policy: Policy = getattr(module, entry.function)
     return planned_on_quantile(policy)
+
+
+def warm_up(name: str) -> None:
+    """Load what the policy would load at its first problem, as far as that can be had soon."""
+    entry = policy_entry(name)
+    if entry.warm:
+        getattr(importlib.import_module(entry.module), entry.warm)()
 
 
 def _uniform_parameters(name: str) -> tuple[str, float] | None:

@@ -10,11 +10,13 @@ The mathematics is in docs/timeline.md.
 
 from __future__ import annotations
 
+import itertools
 import time
 
 import msgspec
 
 from optimizer.objective import judge, stamped
+from optimizer.policies import timeline_cache
 from optimizer.policies.registry import get_policy
 from optimizer.policies.timeline_bound import (
     CUTS,
@@ -32,7 +34,7 @@ from optimizer.policies.timeline_exact import exhaust
 from optimizer.policies.timeline_layout import Layout, Placed, Snapshot, Tables
 from optimizer.policies.timeline_model import Model, build_model
 from optimizer.policies.timeline_plan import assignments_of
-from optimizer.policies.timeline_pool import PoolSearch, moves_are_free, prepare
+from optimizer.policies.timeline_pool import PoolSearch, moves_are_free
 from optimizer.policies.timeline_pricing import Pricer
 from optimizer.policies.timeline_search import Search
 from optimizer.policies.timeline_start import (
@@ -57,9 +59,12 @@ STEPS_PER_STREAM = 200
 TEMPERATURES = (0.0, 1e-3, 3e-3, 1e-2)  # of the rounds of the search, in turn, per stream
 FINE_STREAMS = 24  # up to here a finer grid is cheap
 PILOT_STEPS = 200
-POOL_STEPS = 400  # of the search over queues, per stream and round
-POOL_TEMPERATURES = (3e-3, 1e-3)  # of its rounds, in turn, per stream
-POOL_PATIENCE = 12
+POOL_STEPS = (400, 2000, 4000)  # of the search over queues, per stream, by round
+POOL_TEMPERATURES = (3e-3, 2e-3)  # of its rounds, in turn, per stream
+POOL_PATIENCE = 6
+POOLING = 0.2  # of the gap aimed at, for what packing takes off pooled worth
+REFINEMENTS = 2
+LOADING_PART = 0.3  # of the budget, for the compiled search to be loaded
 PATIENCE = 8  # rounds without improvement after which searching ends
 
 
@@ -68,17 +73,16 @@ def timeline(
 ) -> Plan:
     """The best placed, time-indexed plan found within ``budget_s`` seconds, with a proven bound.
 
-    Ends early when the gap is at most ``target_gap`` (None: 0.1 % up to 60 streams, 0.2 % up to 200, 0.4 %
-    beyond, where a last tenth of a percent costs many seconds) or when searching has stopped to help. ``caution``
+    Ends early when the gap is at most ``target_gap`` (None: 0.1 % up to 60 streams, 0.2 % beyond) or when searching
+    has stopped to help. ``caution``
     plans on accuracy_after less that many standard errors. Equal ``seed`` and ample time give equal plans.
     The bound covers every plan that keeps the floors (every plan that can be carried out, where the
     floors cannot all be kept), by the judge's measure.
     """
-    prepare()  # once per process; what it takes is not the search's time
     started = time.monotonic()
     if target_gap is None:
-        count = len(problem.streams)
-        target_gap = 1e-3 if count <= 60 else 2e-3 if count <= 200 else 4e-3
+        target_gap = 1e-3 if len(problem.streams) <= FEW_STREAMS else 2e-3
+    timeline_cache.prepare(LOADING_PART * budget_s)
     return _Solving(problem, started, budget_s, target_gap, caution, seed).run()
 
 
@@ -133,11 +137,10 @@ class _Solving:
             everyone = frozenset(range(len(self.judged.streams))) if self.given_up else self.given_up
             later = half + 0.3 * (self.deadline - half)
             self.bound = self._dual(build_model(self.judged, no_floor=everyone), later).bound
-        first = self._first_layout(layout, dual)
-        if moves_are_free(layout.t) and len(self.problem.streams) <= FEW_STREAMS:
-            placed, value = self._improve_queues(layout, dual, first)
+        if moves_are_free(layout.t) and timeline_cache.kernel() is not None:
+            placed, value = self._improve_queues(layout, dual)
         else:
-            layout.load(self._improve(layout, dual, first))
+            layout.load(self._improve(layout, dual, self._first_layout(layout, dual)))
             placed, value = layout.placed(), layout.total
         if len(self.problem.streams) <= EXHAUSTIVE_STREAMS and not layout.t.with_changes:
             placed = self._exhaust(placed, value)
@@ -255,7 +258,7 @@ class _Solving:
             if search.best.total > best.total:
                 best = search.best
             if refinable and goal * (1.0 - self.target_gap) <= best.total < goal:
-                dual = refined(dual, time.monotonic() + 0.3 * max(0.0, self.deadline - time.monotonic()))
+                dual = refined(dual, best.total, time.monotonic() + 0.3 * max(0.0, self.deadline - time.monotonic()))
                 refinable = False
                 if own_bound:
                     self.bound = dual.bound
@@ -267,28 +270,34 @@ class _Solving:
             steps = int(1.5 * steps)
         return best
 
-    def _improve_queues(self, layout: Layout, dual: Dual, first: Snapshot) -> tuple[Placed, float]:
+    def _improve_queues(self, layout: Layout, dual: Dual) -> tuple[Placed, float]:
         """The same where moving inference is free: only the queues are searched, inference is packed anew for each."""
-        layout.load(first)
+        queue_retrainings(layout, dual)
         count = layout.t.num_streams
-        goal = dual.bound * (1.0 - self.target_gap)
-        if layout.total >= goal:
-            return layout.placed(), layout.total
-        pool = PoolSearch(layout, promising_trainings(layout, dual, dual.bound - layout.total + 1e-9), self.seed)
-        idle, turn, refinable = 0, 0, count <= FINE_STREAMS
-        while pool.best < goal and idle < POOL_PATIENCE and time.monotonic() < self.deadline:
+        own_bound = self.judged is self.problem and not self.given_up
+        slack = dual.bound - layout.total + 1e-9
+        pool = PoolSearch(layout, promising_trainings(layout, dual, slack), self.seed)
+        value, idle, refinements = layout.total, 0, 0
+        for turn in itertools.count():
+            goal = dual.bound * (1.0 - self.target_gap)
+            if value >= goal or idle >= POOL_PATIENCE or time.monotonic() > self.deadline:
+                break
             before = pool.best
-            pool.run(self.deadline, POOL_STEPS * count, POOL_TEMPERATURES[turn % len(POOL_TEMPERATURES)] / count, goal)
-            turn += 1
+            # Pooled worth is a little more than what can be packed.
+            enough = goal if pool.packing else goal + POOLING * self.target_gap * dual.bound
+            steps = POOL_STEPS[min(turn, len(POOL_STEPS) - 1)] * count
+            pool.run(self.deadline, steps, POOL_TEMPERATURES[turn % len(POOL_TEMPERATURES)] / count, enough)
+            value = max(value, pool.packed())
             idle = 0 if pool.best > before + 1e-9 else idle + 1
-            if refinable and goal * (1.0 - self.target_gap) <= pool.best < goal:
-                dual = refined(dual, time.monotonic() + 0.3 * max(0.0, self.deadline - time.monotonic()))
-                refinable = False
-                if self.judged is self.problem and not self.given_up:
+            gap = (dual.bound - value) / dual.bound
+            if count <= FEW_STREAMS and refinements < REFINEMENTS and self.target_gap < gap < 2.5 * self.target_gap:
+                finer = refined(dual, value, time.monotonic() + 0.3 * max(0.0, self.deadline - time.monotonic()))
+                refinements = refinements + 1 if finer.bound < dual.bound else REFINEMENTS
+                dual = finer
+                if own_bound:
                     self.bound = dual.bound
-                goal = dual.bound * (1.0 - self.target_gap)
-            pool.want(promising_trainings(layout, dual, dual.bound - max(pool.best, layout.total) + 1e-9))
-        return (pool.placed(), pool.best) if pool.best > layout.total else (layout.placed(), layout.total)
+            pool.want(promising_trainings(layout, dual, dual.bound - value + 1e-9))
+        return (pool.placed(), value) if value > layout.total else (layout.placed(), layout.total)
 
     # ------------------------------------------------------------ out
 

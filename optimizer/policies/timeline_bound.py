@@ -20,7 +20,7 @@ CONVERGED = 2e-5
 GRID_BEND = 1.7
 TRAIL = 12
 CUTS = (3, 6)
-SUBGRADIENT_STEPS, MASTER_ROUNDS = 60, 40
+SUBGRADIENT_STEPS, MASTER_ROUNDS, REFINING_STEPS = 60, 40, 100
 SAMPLED_STREAMS, SAMPLE, POLISHING_STEPS = 300, 100, 12
 
 
@@ -39,6 +39,22 @@ class Dual:
     start_s: Floats
     iterations: int
     trail: tuple[Floats, ...]  # prices tried last
+
+
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """How ``descend`` goes. ``aim``: how far below the best bound the optimum is guessed to be, as a part of it."""
+
+    aim: float
+    inertia: float
+    patience: int
+    shorter: float
+    least_gain: float
+    go_back: bool
+
+
+COARSE = Steps(aim=3e-3, inertia=0.3, patience=4, shorter=0.7, least_gain=1e-7, go_back=False)
+FINE = Steps(aim=1e-3, inertia=0.7, patience=6, shorter=0.6, least_gain=1e-8, go_back=True)
 
 
 def opening_prices(pricer: Pricer) -> Floats:
@@ -71,7 +87,7 @@ def carried_over(dual: Dual, pricer: Pricer, found: Floats | None = None) -> Flo
 
 
 def descend(
-    pricer: Pricer, prices: Floats, deadline: float, iterations: int
+    pricer: Pricer, prices: Floats, deadline: float, iterations: int, steps: Steps = COARSE
 ) -> tuple[float, Floats, int, tuple[Floats, ...]]:
     """Subgradient steps of Polyak's length from ``prices``: (best bound, its prices, steps made, last prices)."""
     best, best_prices, stalled, length = np.inf, prices, 0, 1.0
@@ -83,18 +99,20 @@ def descend(
         done += 1
         trail.append(prices)
         priced = pricer.price(prices)
-        if priced.bound < best - 1e-7:
+        if priced.bound < best - steps.least_gain:
             best, best_prices, stalled = priced.bound, prices, 0
         else:
             stalled += 1
-            if stalled >= 4:
-                length, stalled = 0.7 * length, 0
+            if stalled >= steps.patience:
+                length, stalled = steps.shorter * length, 0
+                if steps.go_back:
+                    prices, direction, priced = best_prices, None, pricer.price(best_prices)
         if time.monotonic() > deadline:
             break
         excess = (pricer.total_usage(prices, priced) - pricer.capacity_s) / pricer.length_s / scale
-        direction = excess if direction is None else 0.3 * direction + 0.7 * excess
+        direction = excess if direction is None else steps.inertia * direction + (1.0 - steps.inertia) * excess
         norm = float((direction * direction * pricer.length_s).sum()) + 1e-12
-        step = length * max(priced.bound - best * 0.997, 1e-6) / norm
+        step = length * max(priced.bound - best * (1.0 - steps.aim), 1e-7) / norm
         prices = np.maximum(0.0, prices + step * direction / scale)
     return float(best), best_prices, done, tuple(trail)
 
@@ -231,11 +249,21 @@ def dual_of_few(model: Model, grid_s: Floats, deadline: float) -> Dual:
     return solve_dual(pricer, carried_over(dual, pricer), deadline, 0, MASTER_ROUNDS, nearby)
 
 
-def refined(dual: Dual, deadline: float) -> Dual:
-    """``dual`` on a grid twice as fine; never a worse bound."""
-    pricer = Pricer(dual.pricer.model, halved(dual.pricer.grid_s))
-    finer = solve_dual(pricer, np.repeat(dual.prices, 2, axis=1), deadline, 0, MASTER_ROUNDS)
-    return finer if finer.bound < dual.bound else dual
+def refined(dual: Dual, incumbent: float, deadline: float) -> Dual:
+    """``dual`` on a grid twice as fine; never a worse bound.
+
+    ``incumbent``: value of a plan at hand. No better one has a retraining mode that loses more than the bound is above
+    it, so those modes are left out; what is proven then holds for all better plans, and the incumbent for the others.
+    """
+    _, losses = dual.pricer.mode_losses(dual.prices, dual.priced)
+    kept = np.flatnonzero(losses <= dual.bound - incumbent + 1e-9)
+    pricer = Pricer(with_modes(dual.pricer.model, kept), halved(dual.pricer.grid_s))
+    found, prices, made, trail = descend(pricer, np.repeat(dual.prices, 2, axis=1), deadline, REFINING_STEPS, FINE)
+    bound = max(found, incumbent)
+    if bound >= dual.bound:
+        return dual
+    priced = pricer.price(prices)
+    return Dual(bound, prices, pricer, priced, priced.mode, priced.start_s, dual.iterations + made, trail)
 
 
 def dual_of_many(model: Model, grid_s: Floats, deadline: float) -> Dual:
