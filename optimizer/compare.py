@@ -19,7 +19,15 @@ from optimizer.objective import Verdict, judge, upper_bound_trivial
 from optimizer.planner import Planner
 from optimizer.policies import timeline_cache
 from optimizer.policies.registry import policy_entry
-from optimizer.problems import load_problem, parse_size, random_problem, save_problem, servable, with_limits
+from optimizer.problems import (
+    PROBLEM_ENDING,
+    load_problem,
+    parse_size,
+    random_problem,
+    save_problem,
+    servable,
+    with_limits,
+)
 from protocol.codec import save_json
 from protocol.errors import InputError, PlanError
 from protocol.plan import Plan, Problem
@@ -77,7 +85,7 @@ def compare(
         policies: names as in ``policies.registry``.
         as_json: print a JSON list of rows instead of tables.
         budget_s: seconds that a policy may take for a problem.
-        plan_out: folder to write the plans into.
+        plan_out: folder to write the plans into, and the problems that they answer.
         console: where to print; standard output where None.
 
     Raises:
@@ -115,6 +123,8 @@ def compare(
     folder = _folder(plan_out)
     outcomes = solve_all(problems, list(dict.fromkeys(policies)), budget_s)
     if folder is not None:
+        for name, problem in problems.items():
+            save_problem(problem, folder / (_stem(name) + PROBLEM_ENDING))
         for outcome in outcomes:
             if outcome.plan is not None:
                 save_json(outcome.plan, folder / _file_name(outcome.row))
@@ -200,9 +210,14 @@ def _folder(plan_out: str | Path | None) -> Path | None:
     return folder
 
 
+def _stem(name: str) -> str:
+    """What files of the problem ``name`` begin with."""
+    stem = Path(name).stem if name.endswith(".json") else name
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", stem)
+
+
 def _file_name(row: Row) -> str:
-    stem = Path(row.problem).stem if row.problem.endswith(".json") else row.problem
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", f"{stem}-{row.policy}") + ".json"
+    return _stem(f"{_stem(row.problem)}-{row.policy}") + ".json"
 
 
 def _table(problem: Problem, outcomes: Sequence[Outcome]) -> Table:

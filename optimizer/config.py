@@ -75,9 +75,9 @@ class GateConfig(Record, frozen=True, kw_only=True):
     the gate says is final. ``keep_confidence``: a live model stays at the end of its canary unless the confidence
     that it is better is below this. ``alarm``: chance of calling a model worse that is not, over all looks.
     ``step_s``: time between two looks; ``label_fps``: frames labelled per second meanwhile; ``share``: GPU share kept
-    for it. ``penalty_windows``: a configuration that was rolled back, refused as worse, or failed is not tried again
-    on that stream for so many windows. ``always_promote``: no gate at all, as in systems that deploy whatever comes
-    out of training; for comparisons.
+    for it in plans (it takes more of what they leave over). ``penalty_windows``: a configuration that was rolled back,
+    refused as worse, or failed is not tried again on that stream for so many windows. ``always_promote``: no gate at
+    all, as in systems that deploy whatever comes out of training; for comparisons.
     """
 
     margin: Fraction = 0.01

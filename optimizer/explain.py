@@ -11,10 +11,10 @@ from rich.table import Table
 from optimizer.execution import gpu_classes
 from optimizer.explain_figure import draw_plan
 from optimizer.explain_words import Explained, explain_stream
-from optimizer.problems import load_problem
+from optimizer.problems import PROBLEM_ENDING, load_problem
 from protocol.codec import load_json
 from protocol.errors import InputError
-from protocol.plan import Plan
+from protocol.plan import Plan, Problem
 
 MANY_CHOICES = 60  # with more streams the overview leaves their choices out
 
@@ -31,16 +31,15 @@ def explain(
 
     Args:
         problem_path: the problem that the plan answers; where None, the file of the same name in the folder
-            ``problems`` beside the plan's folder, as runs keep them.
+            ``problems`` beside the plan's folder, as runs keep them, or ``NAME.problem.json`` beside the plan
+            ``NAME-POLICY.json``, as comparisons do.
         stream_id: explain this stream; where None, give an overview of all.
 
     Raises:
         InputError: a file is unusable, plan and problem do not belong together, or there is no such stream.
     """
-    plan = load_json(plan_path, Plan)
-    where = problem_path or plan_path.resolve().parent.parent / "problems" / plan_path.name
-    if problem_path is None and not where.is_file():
-        raise InputError(f"{plan_path}: its problem is not at {where}; name it with --problem PROBLEM.json")
+    plan = _load_plan(plan_path)
+    where = problem_path or _problem_of(plan_path)
     problem = load_problem(where)
     explained = Explained(problem, plan)
     strange = [v for v in explained.verdict.violations if v.kind not in ("floor", "capacity", "memory")]
@@ -68,6 +67,44 @@ def explain(
         draw_plan(explained, stream_id, out)
         console.print(f"written: {out}", highlight=False)
     return explained
+
+
+def _load_plan(path: Path) -> Plan:
+    try:
+        return load_json(path, Plan)
+    except InputError:
+        if not _is_problem(path):
+            raise
+    raise InputError(
+        f"{path}: is a problem, not a plan; `ekya-optimizer compare {path} --plan-out DIR` makes plans of it"
+    )
+
+
+def _is_problem(path: Path) -> bool:
+    try:
+        load_json(path, Problem)
+    except InputError:
+        return False
+    return True
+
+
+def _problem_of(plan_path: Path) -> Path:
+    """Where the problem of a plan lies. Raises InputError when it is nowhere."""
+    folder = plan_path.resolve().parent
+    of_run = folder.parent / "problems" / plan_path.name
+    if of_run.is_file():
+        return of_run
+    beside = [
+        path
+        for path in folder.glob(f"*{PROBLEM_ENDING}")
+        if plan_path.stem.startswith(path.name.removesuffix(PROBLEM_ENDING) + "-")
+    ]
+    if not beside:
+        raise InputError(
+            f"{plan_path}: its problem is neither at {of_run} nor beside it (*{PROBLEM_ENDING}); "
+            "name it with --problem PROBLEM.json"
+        )
+    return max(beside, key=lambda path: len(path.name))
 
 
 def _proven(plan: Plan) -> str:

@@ -165,6 +165,9 @@ def _limited_stream(stream: StreamProfile, rng: np.random.Generator) -> StreamPr
     )
 
 
+PROBLEM_ENDING = ".problem.json"  # of a problem that lies beside the plans that answer it
+
+
 def load_problem(path: str | Path) -> Problem:
     """Read and check a problem file. InputError names the file, the field and what is wrong with it."""
     try:

@@ -20,12 +20,14 @@ from optimizer.ports import ProfilerPort
 from optimizer.state import Canary, ExecutorState, SiteState, StreamState
 from protocol.events import GateDecided
 from protocol.messages import CanaryJob
-from protocol.schema import CanaryResult, CheckpointRef, RetrainResult, StreamSpec
+from protocol.schema import CanaryResult, CheckpointRef, PairedCounts, RetrainResult, StreamSpec
 
 # A worker has so long to take a promoted model over; one that has not is taken to have refused it.
 _SWAP_S = 15.0
 # With less than this a comparison does not get on; it waits for room.
 _LEAST_SHARE = 0.02
+# Of the share that plans leave over a comparison takes up to this; the site's ``share`` is what plans keep free for it.
+_LEFT_OVER = 0.5
 # A period without labels (no room, no executor) is extended, but not beyond so many times its length.
 _LONGEST = 3.0
 _LEAST_LOOKS = 2
@@ -57,14 +59,23 @@ class Watcher:
     def retrained(self, stream: StreamState, result: RetrainResult, base: CheckpointRef | None, now: float) -> Verdict:
         """A retraining that started from ``base`` (None: not known any more) ended: what the gate says, and do it."""
         assert stream.checkpoint is not None
-        if stream.canary is not None:
+        if stream.canary is not None and stream.canary.stage == "canary":
             # Two models on their way would be two questions at once: the older one is answered with what is known.
             self._judge(stream, now, over=True)
-        serving = stream.checkpoint
-        verdict = gate.judge_retraining(result, self._site.gate, serving.version)
-        if base is not None and base.sha256 != serving.sha256:
+        serving, config = stream.checkpoint, self._site.gate
+        verdict, held_out = gate.judge_retraining(result, config, serving.version), result.paired
+        if base is not None and base.sha256 != serving.sha256 and result.checkpoint is not None:
+            # Its held-out votes were won against a model that is not the one to beat.
             reason = "the model that it started from does not serve any more"
-            verdict = Verdict(decision="refused", confidence=None, reason=reason)
+            watched = config.benefit_of_doubt and config.canary_s > 0.0 and verdict.decision != "refused"
+            held_out = PairedCounts(num_objects=0, num_won=0, num_lost=0)
+            verdict = Verdict(
+                decision="on_trial" if watched else "refused",
+                confidence=None,
+                reason=f"{reason}: watched on fresh labels" if watched else reason,
+            )
+        if stream.canary is not None and verdict.decision in ("promoted", "on_trial"):
+            self._supersede(stream, now)
         candidate = result.checkpoint
         if candidate is not None:
             stream.judged_version = max(stream.judged_version, candidate.version)
@@ -77,7 +88,7 @@ class Watcher:
                 window=result.window,
                 since_s=now,
                 watched_s=now,
-                held_out=result.paired,
+                held_out=held_out,
                 accuracy_expected=self._expected(stream, result),
             )
             if verdict.decision == "on_trial":
@@ -177,8 +188,7 @@ class Watcher:
             canary = stream.canary
             assert canary is not None
             if canary.job is not None:
-                room = 1.0 - used.get(canary.executor_id, 1.0)
-                share = min(self._site.gate.share, room)
+                share = self._share(1.0 - used.get(canary.executor_id, 1.0))
                 if share < _LEAST_SHARE:
                     canary.job, canary.executor_id = None, ""
                     continue
@@ -188,6 +198,13 @@ class Watcher:
                 continue
             assert canary.job is not None
             used[canary.executor_id] += canary.job.share
+
+    def _share(self, room: float) -> float:
+        """What a comparison gets where there is ``room``: what nobody else has use for, as far as it helps.
+
+        Frames are worth more the sooner they are looked at, and what is left over is free until the next plan.
+        """
+        return min(max(self._site.gate.share, _LEFT_OVER), room)
 
     def _start(self, stream: StreamState, canary: Canary, used: Mapping[str, float], now: float) -> bool:
         due = now - canary.watched_s >= self._site.gate.step_s and (canary.swapped or canary.stage == "shadow")
@@ -206,7 +223,7 @@ class Watcher:
         canary.job = CanaryJob(
             job_id=f"canary/{stream.stream_id}/v{canary.candidate.version}/{canary.stage}-{canary.num_jobs}",
             stream=spec,
-            share=min(self._site.gate.share, 1.0 - used[home]),
+            share=self._share(1.0 - used[home]),
             window=self._state.window,
             from_s=begin + offset,
             to_s=now + offset,
@@ -282,6 +299,13 @@ class Watcher:
         )
         self._want(f"model of {stream.stream_id} rolled back")
         self._emit.save()
+
+    def _supersede(self, stream: StreamState, now: float) -> None:
+        """The model on trial gives way to a newer one, made of newer labels."""
+        canary, stream.canary = stream.canary, None
+        assert canary is not None
+        verdict = Verdict(decision="refused", confidence=None, reason="there is a newer model")
+        self._tell(_decided(stream.stream_id, canary, verdict, now))
 
     def _measured(self, stream: StreamState, accuracy: float, num_crops: int) -> None:
         """Fresh labels say what a model is worth; few of them say it only in part."""

@@ -92,13 +92,40 @@ def test_a_model_in_doubt_is_watched_in_the_shadow_first() -> None:
     assert any("canary/s0/v2/shadow" in job_id for job_id in world.started)
 
 
+def test_a_model_on_trial_gives_way_to_a_newer_one_and_does_not_go_live_unwatched() -> None:
+    unwatched = GateConfig(canary_s=1000.0, confidence=0.999999999, step_s=1e6)
+    run, world, _ = simulation(site(num_streams=1, gate=unwatched), num_windows=3)
+    world.hide = 0.85  # held-out labels show a seventh of the gain only
+    run.run(until_s=1000.0)
+    found = [(e.stage, e.decision, e.version) for e in run.events if isinstance(e, GateDecided)]
+    assert found[:3] == [("gate", "on_trial", 2), ("shadow", "refused", 2), ("gate", "on_trial", 3)]
+    superseded = next(e for e in run.events if isinstance(e, GateDecided) and e.stage == "shadow")
+    assert superseded.reason == "there is a newer model"
+    assert run.coordinator.state.streams["s0"].penalties == {}
+
+
+def test_a_model_that_was_compared_with_one_rolled_back_since_is_compared_with_the_one_that_serves() -> None:
+    patient = GateConfig(canary_s=1000.0, alarm=1e-300)
+    run, world, _ = simulation(site(num_streams=1, gate=patient), num_windows=None)
+    world.fooled = {"s0": 1.0}
+    while ("canary", "rolled_back") not in decisions(run.events):
+        run.run(until_s=run.now + 0.5)
+    second = [e for e in run.events if isinstance(e, GateDecided)][-1]
+    assert (second.stage, second.decision) == ("gate", "on_trial")
+    assert second.previous_version == 1
+    canary = run.coordinator.state.streams["s0"].canary
+    assert canary is not None
+    assert canary.held_out.num_objects == 0
+    assert canary.previous.version == 1
+
+
 @pytest.mark.parametrize("fooled", [0.0, 0.6])
 def test_a_restarted_optimizer_resumes_the_canary_and_ends_it(fooled: float) -> None:
     run, world, _ = simulation(ONE, num_windows=None)
     world.fooled = {"s0": fooled}
     while run.coordinator.state.streams["s0"].canary is None:
         run.run(until_s=run.now + 0.5)
-    run.run(until_s=run.now + 5.5)
+    run.run(until_s=run.now + 3.0)
     assert run.coordinator.state.streams["s0"].canary is not None
     old = msgspec.msgpack.decode(msgspec.msgpack.encode(run.coordinator.state), type=SiteState)
     executor = run.executors["gpu0"]

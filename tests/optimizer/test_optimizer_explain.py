@@ -10,6 +10,7 @@ import pytest
 from rich.console import Console
 
 from optimizer import cli
+from optimizer.compare import compare
 from optimizer.explain import explain
 from optimizer.explain_choices import Room, choices, quantum_values, with_assignment
 from optimizer.explain_figure import bars
@@ -283,16 +284,27 @@ def test_a_plan_and_a_problem_that_do_not_belong_together_are_refused(tmp_path: 
         explain(path, problem_path=tmp_path / "other.json", console=Console(file=StringIO()))
 
 
+def test_plans_of_a_comparison_find_their_problem_beside_them(tmp_path: Path) -> None:
+    save_problem(random_problem(3, 1, 6, 0), tmp_path / "site.json")
+    compare([tmp_path / "site.json"], random="3x1x6", seed=7, policies=["thief", "none"], plan_out=tmp_path / "out")
+    for name in ("site-thief", "site-none", "3x1x6-seed7-thief", "3x1x6-seed7-none"):
+        text = StringIO()
+        explain(tmp_path / "out" / f"{name}.json", console=Console(file=text, width=120))
+        assert "for 3 streams on 1 GPUs" in text.getvalue()
+
+
 def test_mistakes_end_with_code_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run_folder(tmp_path)
     (tmp_path / "plans" / "lonely.json").write_bytes(path.read_bytes())
     (tmp_path / "broken.json").write_text("{")
+    save_problem(random_problem(2, 1, 3, 0), tmp_path / "problem.json")
     for arguments, said in (
         ([str(path), "--stream", "s9"], "the plan has no such stream; there are s0, s1, s2, s3"),
         ([str(tmp_path / "plans" / "lonely.json")], "name it with --problem"),
         ([str(tmp_path / "broken.json")], "broken.json"),
+        ([str(tmp_path / "problem.json")], "is a problem, not a plan; `ekya-optimizer compare"),
         ([str(path), "--out", str(tmp_path / "plan.txt")], "plan.txt: cannot be written"),
         ([str(path), "--out", str(tmp_path / "nowhere" / "plan.svg")], "cannot be written"),
     ):
