@@ -15,6 +15,7 @@ import numpy as np
 
 from optimizer.objective import judge
 from optimizer.planner import Planner
+from optimizer.policies import timeline_cache
 from optimizer.problems import random_problem
 from protocol.plan import Problem
 
@@ -31,18 +32,20 @@ def mixed(seed: int) -> Problem:
 
 
 def main() -> int:
-    """Print the counts; 1 when the order of the exact policies was broken."""
+    """Print the counts; 1 when the order was broken."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--problems", type=int, default=100)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first problem")
     parser.add_argument("--budget", type=float, default=1.0, help="seconds per plan")
     options = parser.parse_args()
+    timeline_cache.wait_compiled(60.0)
     planners = {name: Planner(name, options.budget) for name in ORDER}
     broken = dict.fromkeys(("timeline>=milp", "milp>=thief", "thief>=uniform", "bound"), 0)
     gaps: list[float] = []
     try:
         for planner in planners.values():
             planner.wait_until_warm(30.0)
-        for seed in range(options.problems):
+        for seed in range(options.first, options.first + options.problems):
             problem = mixed(seed)
             plans = {name: planner.solve(problem) for name, planner in planners.items()}
             values = {name: judge(problem, plan).value for name, plan in plans.items()}
@@ -61,7 +64,7 @@ def main() -> int:
             planner.close()
     middle = f"{statistics.median(gaps):.3f} %" if gaps else "none proven"
     print(f"{options.problems} problems, {options.budget:g} s each: {broken}; median gap {middle}")
-    return int(any(broken[key] for key in ("timeline>=milp", "milp>=thief", "bound")))
+    return int(any(broken.values()))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ from optimizer.objective import SECONDS_TOLERANCE, Verdict, judge, stamped
 from optimizer.policies import baselines
 from optimizer.policies.reductions import lowered
 from optimizer.policies.registry import PolicyEntry, get_policy, policy_entry
-from optimizer.policies.thief import thief
 from optimizer.problems import check_problem
 from optimizer.solver_child import Answer
 from optimizer.solver_pool import SolverPool
@@ -34,7 +33,7 @@ _ANSWER_MARGIN_S = (0.03, 6e-5)
 _JUDGING_S = (0.005, 3e-5)
 # Seconds per stream that an incumbent takes on a quiet machine, and seconds of any besides. What the first one took
 # beyond that tells how busy the machine is.
-_PACE_S = {"last plan repaired": 8e-5, "cheapest": 6e-5, "fair": 4e-4, "thief": 8e-4}
+_PACE_S = {"last plan repaired": 8e-5, "cheapest": 6e-5, "fair": 4e-4, "thief": 1.4e-3}
 _LEAST_S = 2e-3
 _CAUTION = 1.5  # incumbents are begun if so many times their usual time is left
 # More steps than any plan of ours has; judging a plan takes time in proportion to them.
@@ -252,7 +251,7 @@ class Planner:
         if not question.has_plan:
             busy = self._timed(question, "cheapest", lambda: baselines.cheapest(problem), busy)
         busy = self._timed(question, "fair", lambda: baselines.fair(problem, INCUMBENT_BUDGET_S), busy)
-        self._timed(question, "thief", lambda: thief(problem, INCUMBENT_BUDGET_S), busy)
+        self._timed(question, "thief", lambda: baselines.thief_or_uniform(problem, INCUMBENT_BUDGET_S), busy)
 
     def _timed(self, question: _Question, method: str, make: Callable[[], Plan], busy: float) -> float:
         """Try a method if it can be expected to end before the deadline. ``busy``: how many times longer than usual

@@ -14,9 +14,9 @@ import msgspec
 
 from optimizer.objective import Verdict, judge
 from optimizer.policies import timeline_cache
+from optimizer.policies.baselines import thief_or_uniform
 from optimizer.policies.milp import milp
 from optimizer.policies.reductions import labels_are_short, plain, with_cloud_steps
-from optimizer.policies.thief import thief
 from optimizer.policies.timeline import timeline
 from protocol.errors import PlanError
 from protocol.plan import Plan, Problem
@@ -45,14 +45,15 @@ def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan]
     many = len(problem.streams) > _MANY_STREAMS
     # Then the time-indexed plan spends and sends what the static one does.
     short = labels_are_short(problem) or any(stream.cloud for stream in problem.streams)
-    static = thief if many else milp
+    static = thief_or_uniform if many else milp
     for policy in (static, timeline) if short else (timeline, static):
-        left = budget_s * (_TIMELINE_PART if not plans else 1.0) - (time.monotonic() - began)
+        alone = bool(plans) or (many and not problem.links)
+        left = budget_s * (1.0 if alone else _TIMELINE_PART) - (time.monotonic() - began)
         if policy is static and not short and (left < 0.05 or (many and not problem.links)):
             break
         try:
             if policy is timeline:
-                plans.insert(0, _in_plain_words(problem, left, plans[0] if plans else None))
+                plans.insert(0, _in_plain_words(problem, left, plans[0] if plans else None, offer))
             else:
                 plans.append(policy(problem, left))
             if offer is not None and len(plans) == 1 and not many:
@@ -88,11 +89,17 @@ def _late(verdict: Verdict) -> bool:
     return any(violation.kind == "latency" for violation in verdict.violations)
 
 
-def _in_plain_words(problem: Problem, budget_s: float, static: Plan | None) -> Plan:
+def _in_plain_words(
+    problem: Problem, budget_s: float, static: Plan | None, offer: Callable[[Plan], None] | None
+) -> Plan:
     """The time-indexed plan of a problem that may ask for more than the search knows; no bound is claimed then."""
     known, exact = plain(problem, static)
-    plan = with_cloud_steps(timeline(known, budget_s), static)
-    if exact:
-        return plan
-    report = msgspec.structs.replace(plan.report, status="heuristic", bound=None, gap=None)
-    return msgspec.structs.replace(plan, report=report)
+
+    def worded(plan: Plan) -> Plan:
+        plan = with_cloud_steps(plan, static)
+        if exact:
+            return plan
+        report = msgspec.structs.replace(plan.report, status="heuristic", bound=None, gap=None)
+        return msgspec.structs.replace(plan, report=report)
+
+    return worded(timeline(known, budget_s, offer=None if offer is None else lambda plan: offer(worded(plan))))

@@ -34,7 +34,7 @@ POLICIES: dict[str, PolicyEntry] = {
     "timeline": PolicyEntry(
         "optimizer.policies.ladder", "timeline_or_static", exact=True, solver=True, offers=True, warm="warm"
     ),
-    "thief": PolicyEntry("optimizer.policies.thief", "thief"),
+    "thief": PolicyEntry("optimizer.policies.baselines", "thief_or_uniform"),
     "thief:one-pass": PolicyEntry("optimizer.policies.thief", "thief_one_pass"),
     "thief:fixed-config": PolicyEntry("optimizer.policies.baselines", "thief_fixed_config"),
     "thief:fixed-shares": PolicyEntry("optimizer.policies.baselines_study", "thief_fixed_shares"),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 
 import msgspec
 
@@ -69,13 +70,20 @@ PATIENCE = 8  # rounds without improvement after which searching ends
 
 
 def timeline(
-    problem: Problem, budget_s: float, *, target_gap: float | None = None, caution: float = 0.0, seed: int = 0
+    problem: Problem,
+    budget_s: float,
+    *,
+    target_gap: float | None = None,
+    caution: float = 0.0,
+    seed: int = 0,
+    offer: Callable[[Plan], None] | None = None,
 ) -> Plan:
     """The best placed, time-indexed plan found within ``budget_s`` seconds, with a proven bound.
 
     Ends early when the gap is at most ``target_gap`` (None: 0.1 % up to 60 streams, 0.2 % beyond) or when searching
     has stopped to help. ``caution``
-    plans on accuracy_after less that many standard errors. Equal ``seed`` and ample time give equal plans.
+    plans on accuracy_after less that many standard errors. ``offer`` is handed plans of many streams (above 300) before
+    the search is done: inference alone, then with the first queues. Equal ``seed`` and ample time give equal plans.
     The bound covers every plan that keeps the floors (every plan that can be carried out, where the
     floors cannot all be kept), by the judge's measure.
     """
@@ -83,7 +91,7 @@ def timeline(
     if target_gap is None:
         target_gap = 1e-3 if len(problem.streams) <= FEW_STREAMS else 2e-3
     timeline_cache.prepare(LOADING_PART * budget_s)
-    return _Solving(problem, started, budget_s, target_gap, caution, seed).run()
+    return _Solving(problem, started, budget_s, target_gap, caution, seed, offer).run()
 
 
 def cautious(problem: Problem, caution: float) -> Problem:
@@ -107,16 +115,37 @@ def cautious(problem: Problem, caution: float) -> Problem:
 
 class _Solving:
     def __init__(
-        self, problem: Problem, started: float, budget_s: float, target_gap: float, caution: float, seed: int
+        self,
+        problem: Problem,
+        started: float,
+        budget_s: float,
+        target_gap: float,
+        caution: float,
+        seed: int,
+        offer: Callable[[Plan], None] | None,
     ) -> None:
         self.judged, self.problem = problem, cautious(problem, caution)
         self.started, self.target_gap, self.seed = started, target_gap, seed
-        # The margin pays for turning the layout into a plan and for judging it.
-        margin_s = 0.01 + 0.05 * budget_s + 2e-4 * len(problem.streams)
-        self.deadline = started + max(0.0, budget_s - margin_s)
+        self.budget_s, self.offer = budget_s, offer if len(problem.streams) > MANY_STREAMS else None
+        self._began_s, self._began_busy_s = time.monotonic(), time.thread_time()
+        self.deadline = self._deadline()
         self.given_up: frozenset[int] = frozenset()  # streams without a floor
         self.bound: float | None = None
         self.notes: list[str] = []
+
+    def _deadline(self) -> float:
+        """When to stop searching: the rest pays for turning the layout into a plan and for judging it.
+
+        On a machine that others use as well both take as many times longer as everything has so far.
+        """
+        wall_s, busy_s = time.monotonic() - self._began_s, time.thread_time() - self._began_busy_s
+        slowness = min(10.0, max(1.0, wall_s / busy_s)) if busy_s > 0.02 else 1.0
+        margin_s = 0.01 + 0.05 * self.budget_s + 2e-4 * slowness * len(self.problem.streams)
+        return self.started + max(0.0, self.budget_s - margin_s)
+
+    def _offer(self, placed: Placed) -> None:
+        if self.offer is not None:
+            self.offer(self._report(assignments_of(placed), "feasible"))
 
     # ------------------------------------------------------------ the course of a solve
 
@@ -129,6 +158,8 @@ class _Solving:
         if layout is None:
             self.notes.append("the cheapest inference of all streams does not fit on the GPUs")
             return self._report(overloaded(self.judged), "fallback")
+        self._offer(layout.placed())
+        self.deadline = self._deadline()
         half = self.started + 0.4 * (self.deadline - self.started)
         dual = self._dual(layout.t.model, half)
         self.bound = dual.bound
@@ -278,6 +309,8 @@ class _Solving:
         slack = dual.bound - layout.total + 1e-9
         pool = PoolSearch(layout, promising_trainings(layout, dual, slack), self.seed)
         value, idle, refinements = layout.total, 0, 0
+        if self.offer is not None and pool.packed() > value:
+            self._offer(pool.placed())
         for turn in itertools.count():
             goal = dual.bound * (1.0 - self.target_gap)
             if value >= goal or idle >= POOL_PATIENCE or time.monotonic() > self.deadline:

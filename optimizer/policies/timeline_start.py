@@ -62,12 +62,13 @@ def _first_fit(tables: Tables, order: list[int]) -> Layout | None:
     at_home = tables.with_changes
     for v in order:
         spots: list[tuple[bool, int, float, int, int]] = []
+        fitting = [{_smallest(tables, v, c)} for c in range(len(tables.rates))]
+        if tables.with_memory:
+            for c, indices in enumerate(fitting):
+                indices.add(_lightest(tables, v, c))
         for g in range(tables.num_gpus):
             c = tables.class_of[g]
-            indices = {_smallest(tables, v, c)}
-            if tables.with_memory:
-                indices.add(_lightest(tables, v, c))
-            for index in indices:
+            for index in fitting[c]:
                 if index < 0:
                     continue
                 choice = tables.choices[v][c][index]
