@@ -21,8 +21,8 @@ from optimizer.policies.timeline import timeline
 from protocol.errors import PlanError
 from protocol.plan import Plan, Problem
 
-# Of the budget, for the time-indexed search; the static plan needs much less where it can be had at all.
-_TIMELINE_PART = 0.7
+# Of the budget, for the static plan; it needs much less where it can be had at all.
+_STATIC_PART = 0.3
 # Beyond so many streams the static MILP does not come back within what is left.
 _MANY_STREAMS = 300
 _LOADING_S = 30.0
@@ -43,21 +43,19 @@ def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan]
     plans: list[Plan] = []
     reasons: list[str] = []
     many = len(problem.streams) > _MANY_STREAMS
-    # Then the time-indexed plan spends and sends what the static one does.
+    # Links and labels: the time-indexed plan spends and sends what the static one does.
     short = labels_are_short(problem) or any(stream.cloud for stream in problem.streams)
     static = thief_or_uniform if many else milp
-    for policy in (static, timeline) if short else (timeline, static):
-        alone = bool(plans) or (many and not problem.links)
-        left = budget_s * (1.0 if alone else _TIMELINE_PART) - (time.monotonic() - began)
-        if policy is static and not short and (left < 0.05 or (many and not problem.links)):
-            break
+    # The static plan comes first, so that there is one to send if the search is cut short.
+    for policy in (timeline,) if many and not short and not problem.links else (static, timeline):
+        left = budget_s * (_STATIC_PART if policy is static else 1.0) - (time.monotonic() - began)
         try:
             if policy is timeline:
                 plans.insert(0, _in_plain_words(problem, left, plans[0] if plans else None, offer))
             else:
                 plans.append(policy(problem, left))
-            if offer is not None and len(plans) == 1 and not many:
-                offer(plans[0])  # the static MILP may overrun what is left, and is killed then
+                if offer is not None:
+                    offer(plans[0])
         except PlanError as error:
             reasons.append(str(error))
     if not plans:
