@@ -52,7 +52,8 @@ def main() -> int:
             for high, low in itertools.pairwise(ORDER):
                 if values[high] < values[low] - TOLERANCE:
                     broken[f"{high}>={low}"] += 1
-                    print(f"seed {seed}: {high} {values[high]:.5f} < {low} {values[low]:.5f}")
+                    why = plans[high].report.detail
+                    print(f"seed {seed}: {high} {values[high]:.5f} < {low} {values[low]:.5f}; {why}", flush=True)
             bound = plans["timeline"].report.bound
             if bound is not None:
                 gaps.append(100 * (bound - values["timeline"]) / bound)
