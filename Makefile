@@ -29,6 +29,7 @@ check: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/python benchmarks/bench_timeline.py --growth
 
 experiment: $(STAMP)
 	$(BIN)/ekya-optimizer experiment examples/city.toml --policies timeline,milp,thief,uniform,none --out $(OUT)/experiment-city

@@ -152,7 +152,7 @@ class Planner:
             early = self._child.offer
             cause += "; it had a plan before it was done" if early is not None else ""
             question.notes.append(f"{self.policy_name}: no answer within {limit_s:g} s{cause}")
-            self._pool.replace()
+            self._pool.late()
             return self._decide(question, early)
         return None
 

@@ -8,6 +8,7 @@ from optimizer.solver_process import ChildLostError, SolverProcess
 
 QUICK_DEATH_S = 5.0  # a child that ends sooner than this counts as unable to start
 MAX_RESTART_WAIT_S = 60.0
+START_PATIENCE_S = 20.0  # loading a solver takes some seconds where the machine is busy
 
 
 class SolverPool:
@@ -74,6 +75,15 @@ class SolverPool:
             self.child = None
         self._promote_spare()
         self.ensure()
+
+    def late(self) -> None:
+        """The child did not answer in time: end it, unless it is still starting, which would only begin again.
+
+        What it was asked it answers at once when it has started, for that deadline has passed then; nobody listens.
+        """
+        starting = self.child is not None and not self.child.ready and not self.spare_is_warm
+        if not (starting and self._clock() - self._started_s < START_PATIENCE_S):
+            self.replace()
 
     def lose(self) -> None:
         """The child ended by itself: clear it away; start another, later and later if it never lives long."""

@@ -11,6 +11,7 @@ The mathematics is in docs/timeline.md.
 from __future__ import annotations
 
 import itertools
+import threading
 import time
 from collections.abc import Callable
 
@@ -65,6 +66,7 @@ POOL_TEMPERATURES = (3e-3, 2e-3)  # of its rounds, in turn, per stream
 POOL_PATIENCE = 6
 POOLING = 0.2  # of the gap aimed at, for what packing takes off pooled worth
 REFINEMENTS = 2
+OTHER_SEED = 1_000_003
 LOADING_PART = 0.3  # of the budget, for the compiled search to be loaded
 PATIENCE = 8  # rounds without improvement after which searching ends
 
@@ -111,6 +113,22 @@ def cautious(problem: Problem, caution: float) -> Problem:
         for stream in problem.streams
     )
     return msgspec.structs.replace(problem, streams=streams)
+
+
+def _run_both(pool: PoolSearch, other: PoolSearch | None, deadline: float, steps: int, hot: float, goal: float) -> None:
+    """One round of ``pool`` and, beside it, of ``other``; both then have the better queues."""
+    if other is None:
+        pool.run(deadline, steps, hot, goal)
+        return
+    # The compiled loop runs without the lock of the interpreter.
+    beside = threading.Thread(target=other.run, args=(deadline, steps, hot, goal), name="search queues")
+    beside.start()
+    pool.run(deadline, steps, hot, goal)
+    beside.join()
+    if other.best > pool.best:
+        pool.adopt(other)
+    else:
+        other.adopt(pool)
 
 
 class _Solving:
@@ -274,7 +292,7 @@ class _Solving:
         steps = STEPS_PER_STREAM * count
         own_bound = self.judged is self.problem and not self.given_up
         refinable = count <= FINE_STREAMS
-        while idle < PATIENCE and time.monotonic() < self.deadline:
+        while idle < (PATIENCE if count > EXHAUSTIVE_STREAMS else 2) and time.monotonic() < self.deadline:
             goal = dual.bound * (1.0 - self.target_gap)
             search = Search(layout, promising_trainings(layout, dual, dual.bound - best.total + 1e-9), seed)
             before = time.monotonic()
@@ -307,19 +325,25 @@ class _Solving:
         count = layout.t.num_streams
         own_bound = self.judged is self.problem and not self.given_up
         slack = dual.bound - layout.total + 1e-9
-        pool = PoolSearch(layout, promising_trainings(layout, dual, slack), self.seed)
+        wanted = promising_trainings(layout, dual, slack)
+        pool = PoolSearch(layout, wanted, self.seed)
+        # Packing takes time, so few streams are searched twice at once; the better one wins, the first among equals.
+        other = PoolSearch(layout, wanted, self.seed + OTHER_SEED) if pool.packing else None
         value, idle, refinements = layout.total, 0, 0
         if self.offer is not None and pool.packed() > value:
             self._offer(pool.placed())
+        patience = POOL_PATIENCE if count > EXHAUSTIVE_STREAMS else 2  # few streams are planned exhaustively afterwards
         for turn in itertools.count():
             goal = dual.bound * (1.0 - self.target_gap)
-            if value >= goal or idle >= POOL_PATIENCE or time.monotonic() > self.deadline:
+            if value >= goal or idle >= patience or time.monotonic() > self.deadline:
                 break
             before = pool.best
             # Pooled worth is a little more than what can be packed.
             enough = goal if pool.packing else goal + POOLING * self.target_gap * dual.bound
             steps = POOL_STEPS[min(turn, len(POOL_STEPS) - 1)] * count
-            pool.run(self.deadline, steps, POOL_TEMPERATURES[turn % len(POOL_TEMPERATURES)] / count, enough)
+            _run_both(
+                pool, other, self.deadline, steps, POOL_TEMPERATURES[turn % len(POOL_TEMPERATURES)] / count, enough
+            )
             value = max(value, pool.packed())
             idle = 0 if pool.best > before + 1e-9 else idle + 1
             gap = (dual.bound - value) / dual.bound
@@ -329,7 +353,10 @@ class _Solving:
                 dual = finer
                 if own_bound:
                     self.bound = dual.bound
-            pool.want(promising_trainings(layout, dual, dual.bound - value + 1e-9))
+            wanted = promising_trainings(layout, dual, dual.bound - value + 1e-9)
+            for one in (pool, other):
+                if one is not None:
+                    one.want(wanted)
         return (pool.placed(), value) if value > layout.total else (layout.placed(), layout.total)
 
     # ------------------------------------------------------------ out

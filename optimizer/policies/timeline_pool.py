@@ -103,6 +103,12 @@ class PoolSearch:
             self.best, _ = self._run(self._state, first, min(steps, first + size), steps, hot, goal)
         return steps
 
+    def adopt(self, other: PoolSearch) -> None:
+        """Go on from the best queues of ``other``, a search of the same problem."""
+        self.best = other.best
+        for part, found in zip(self._best_state, other._best_state, strict=True):
+            part[:] = found
+
     # ------------------------------------------------------------ out
 
     def placed(self) -> Placed:

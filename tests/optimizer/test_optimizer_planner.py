@@ -14,6 +14,7 @@ import msgspec
 import psutil
 import pytest
 
+from optimizer import solver_pool
 from optimizer.objective import judge
 from optimizer.planner import Planner
 from optimizer.problems import random_problem
@@ -100,8 +101,20 @@ def test_a_faulty_child_costs_quality_and_never_the_plan(
         assert reason in report.detail or "keeps dying" in report.detail
 
 
+def test_a_child_that_is_still_starting_at_the_deadline_is_not_begun_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    with misbehaving("mute", monkeypatch, deadline_s=0.2) as planner:
+        first = planner._child
+        assert first is not None
+        for _ in range(3):
+            report = ask(planner).report
+            assert report.status == "fallback"
+            assert "still starting" in report.detail
+            assert planner._child is first
+
+
 @pytest.mark.parametrize("how", ["hang", "mute"])
 def test_a_child_that_hangs_is_killed_at_the_deadline_and_replaced(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(solver_pool, "START_PATIENCE_S", 0.0)  # so that "mute" does not count as starting
     with misbehaving(how, monkeypatch, deadline_s=0.6) as planner:
         first = planner._child
         assert first is not None

@@ -180,7 +180,7 @@ def _best_moment(
     return best
 
 
-@pytest.mark.parametrize("seed", range(24))
+@pytest.mark.parametrize("seed", range(200))
 def test_small_problems_are_solved_as_well_as_by_brute_force_over_schedules(seed: int) -> None:
     problem = small_problem(seed)
     best = brute_force(problem)
