@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from optimizer import questions
-from optimizer.following import retraining, served, serving_job_id
+from optimizer.following import ended_in, retraining, served, serving_job_id
 from optimizer.state import ExecutorState, Leaving, Retraining, RunningRetrain, SiteState, StreamState
 from protocol import messages as m
 from protocol.schema import StreamSpec
@@ -29,17 +29,18 @@ class Carrier:
         state = self._state
         if state.plan is None:
             return
+        ended = ended_in(state.plan, state.ended)
         for assignment in state.plan.assignments:
             stream = state.streams.get(assignment.stream_id)
             if stream is None or stream.profile is None:
                 continue
-            serve = served(assignment, stream.profile, state.ended)
+            serve = served(assignment, stream.profile, ended)
             if serve is not None and serve.executor_id in self._executors:
                 if serve.executor_id != stream.serving_executor:
                     self._move(stream, now)
                 stream.serving_executor = serve.executor_id
                 stream.serving_config, stream.serving_share = serve.config, serve.share
-            wish = retraining(assignment, stream.profile, state.ended)
+            wish = retraining(assignment, stream.profile, ended)
             if not stream.settled:
                 self._set_retraining(stream, wish, now)
 

@@ -12,8 +12,23 @@ import msgspec
 
 from optimizer.state import Retraining, Served, SiteState, StreamState
 from protocol.messages import InferenceJob, Job
-from protocol.plan import Assignment, InferenceStep, StreamProfile
+from protocol.plan import Assignment, InferenceStep, Plan, StreamProfile
 from protocol.schema import InferenceConfig, Name, StreamSpec
+
+
+def ended_in(plan: Plan, ended: Collection[str]) -> frozenset[str]:
+    """Those of ``ended`` whose retrainings have ended in the plan's order.
+
+    A retraining that is given up before its turn has ended as well, but what waits for it counts on what it would
+    have waited for: plans name the last events only.
+    """
+    after = {a.stream_id: a.retrain.after for a in plan.assignments if a.retrain is not None}
+    done: set[str] = set()
+    while True:
+        more = {s for s in ended if s not in done and done.issuperset(after.get(s, ()))}
+        if not more:
+            return frozenset(done)
+        done |= more
 
 
 def current_step(assignment: Assignment, ended: Collection[str]) -> InferenceStep:

@@ -263,6 +263,40 @@ def test_what_begins_while_a_plan_is_made_that_lets_others_go_first_makes_room_f
     assert {"s0", "s1", "s2"} <= set(ends(run))
 
 
+def test_what_waits_for_a_retraining_that_is_given_up_before_its_turn_waits_for_the_one_before_it() -> None:
+    def chain(problem: Problem, last: Plan | None) -> Plan:
+        made = overtaken(problem, last)
+        tail = RetrainStep(retrain_id="cheap", gpu_id="gpu0", share=0.4, after=("s1",))
+        if len({a.stream_id for a in made.assignments if a.retrain}) == 2 and problem.streams[0].retrain:
+            made = msgspec.structs.replace(
+                made,
+                assignments=tuple(
+                    msgspec.structs.replace(a, retrain=tail) if a.stream_id == "s2" else a for a in made.assignments
+                ),
+            )
+            assert judge(problem, made).only_floors_broken
+        return made
+
+    run, log, _ = start(num_streams=3, think_s=4.0, solver=chain)
+    plan = run.coordinator.state.plan
+    assert plan is not None
+    assert {a.stream_id: a.retrain.after for a in plan.assignments if a.retrain} == {
+        "s0": (),
+        "s1": ("s0",),
+        "s2": ("s1",),
+    }
+    assert begun(run, "s0")
+    run.coordinator._settle(run.coordinator.state.streams["s1"])
+    run.run(until_s=run.now + 1.0)
+    assert begun(run, "s0")
+    assert not begun(run, "s2")
+    while "s0" not in ends(run):
+        run.run(until_s=run.now + 0.1)
+    run.run(until_s=run.now + 1.0)
+    assert begun(run, "s2")
+    assert all(sum(job.share for job in plan.jobs) <= 1.0 + 1e-9 for _, plan in log.sent)
+
+
 def test_executors_that_join_or_leave_have_the_rest_of_the_window_planned_anew() -> None:
     run, log, _ = start(num_streams=3, num_gpus=2, think_s=0.5)
     run.run(until_s=run.now + 1.0)
