@@ -66,6 +66,7 @@ POOL_TEMPERATURES = (3e-3, 2e-3)  # of its rounds, in turn, per stream
 POOL_PATIENCE = 6
 POOLING = 0.2  # of the gap aimed at, for what packing takes off pooled worth
 REFINEMENTS = 2
+PRICING_PART = (0.4, 0.6)  # of the time, at most, for the prices; of few, of many streams
 OTHER_SEED = 1_000_003
 LOADING_PART = 0.3  # of the budget, for the compiled search to be loaded
 PATIENCE = 8  # rounds without improvement after which searching ends
@@ -178,7 +179,8 @@ class _Solving:
             return self._report(overloaded(self.judged), "fallback")
         self._offer(layout.placed())
         self.deadline = self._deadline()
-        half = self.started + 0.4 * (self.deadline - self.started)
+        part = PRICING_PART[len(self.problem.streams) > MANY_STREAMS]
+        half = self.started + part * (self.deadline - self.started)
         dual = self._dual(layout.t.model, half)
         self.bound = dual.bound
         if self.judged is not self.problem or self.given_up:
