@@ -331,7 +331,7 @@ class _Solving:
         pool = PoolSearch(layout, wanted, self.seed)
         # Packing takes time, so few streams are searched twice at once; the better one wins, the first among equals.
         other = PoolSearch(layout, wanted, self.seed + OTHER_SEED) if pool.packing else None
-        value, idle, refinements = layout.total, 0, 0
+        value, idle, refinements, lost = layout.total, 0, 0, 0.0
         if self.offer is not None and pool.packed() > value:
             self._offer(pool.placed())
         patience = POOL_PATIENCE if count > EXHAUSTIVE_STREAMS else 2  # few streams are planned exhaustively afterwards
@@ -341,12 +341,13 @@ class _Solving:
                 break
             before = pool.best
             # Pooled worth is a little more than what can be packed.
-            enough = goal if pool.packing else goal + POOLING * self.target_gap * dual.bound
+            enough = goal if pool.packing else goal + max(POOLING * self.target_gap * dual.bound, 1.1 * lost)
             steps = POOL_STEPS[min(turn, len(POOL_STEPS) - 1)] * count
             _run_both(
                 pool, other, self.deadline, steps, POOL_TEMPERATURES[turn % len(POOL_TEMPERATURES)] / count, enough
             )
-            value = max(value, pool.packed())
+            packed = pool.packed()
+            value, lost = max(value, packed), pool.best - packed
             idle = 0 if pool.best > before + 1e-9 else idle + 1
             gap = (dual.bound - value) / dual.bound
             if count <= FEW_STREAMS and refinements < REFINEMENTS and self.target_gap < gap < 2.5 * self.target_gap:
