@@ -322,14 +322,14 @@ def paper(moments: Sequence[Moment]) -> Replay:
     return Replay(moments, make, kind="paper")
 
 
-def constant(moments: Sequence[Moment]) -> list[Estimated]:
-    """No estimate at all: what serves now, as measured on the labels, for every configuration."""
+def _as_measured(moments: Sequence[Moment], accuracy: Callable[[Moment, Run], float]) -> list[Estimated]:
+    """Every configuration with its measured cost and ``accuracy`` as the estimate."""
     return [
         Estimated(
             stream=m.stream,
             window=m.window,
             config_id=run.config.config_id,
-            accuracy=m.accuracy_now,
+            accuracy=accuracy(m, run),
             error=0.0,
             truth=run.after,
             now=m.before,
@@ -339,25 +339,16 @@ def constant(moments: Sequence[Moment]) -> list[Estimated]:
         for m in moments
         for run in m.runs
     ]
+
+
+def constant(moments: Sequence[Moment]) -> list[Estimated]:
+    """No estimate at all: what serves now, as measured on the labels, for every configuration."""
+    return _as_measured(moments, lambda m, run: m.accuracy_now)
 
 
 def held_out(moments: Sequence[Moment]) -> list[Estimated]:
     """Exhaustive profiling: every configuration run in full and measured on the held-out split."""
-    return [
-        Estimated(
-            stream=m.stream,
-            window=m.window,
-            config_id=run.config.config_id,
-            accuracy=run.split_after,
-            error=0.0,
-            truth=run.after,
-            now=m.before,
-            gpu_seconds=run.busy_s,
-            busy_s=run.busy_s,
-        )
-        for m in moments
-        for run in m.runs
-    ]
+    return _as_measured(moments, lambda m, run: run.split_after)
 
 
 def show(title: str, rows: Sequence[tuple[str, Sequence[Estimated], float]], console: Console) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from optimizer import questions
-from optimizer.following import ended_in, retraining, served, serving_job_id
+from optimizer.following import ended_in, planned_shares, retraining, served, serving_job_id
+from optimizer.retrain_jobs import new_job
 from optimizer.state import ExecutorState, Leaving, Retraining, RunningRetrain, SiteState, StreamState
-from protocol import messages as m
 from protocol.schema import StreamSpec
 
 # A stream that moves to another GPU is served at the old place for at most so long.
@@ -69,15 +69,7 @@ class Carrier:
 
     def _make_room(self) -> None:
         """Old places stay only as far as there is room beside the plan: a GPU is never promised more than it has."""
-        used = dict.fromkeys(self._executors, 0.0)
-        for stream in self._state.streams.values():
-            if stream.serving_config and stream.serving_executor in used:
-                used[stream.serving_executor] += stream.serving_share
-            if stream.running and stream.running.executor_id in used:
-                used[stream.running.executor_id] += stream.running.share
-        for executor_id, job in self._state.pipeline.items():
-            if executor_id in used:
-                used[executor_id] += job.share
+        used = planned_shares(self._state, self._executors)
         for stream in self._state.streams.values():
             leaving = stream.leaving
             if leaving is None:
@@ -104,19 +96,9 @@ class Carrier:
             return
         if wish.executor_id not in self._executors or stream.dataset is None:
             return
-        version, stream.next_version = stream.next_version, stream.next_version + 1
         stream.retrain_id = wish.retrain_id
-        job = m.RetrainJob(
-            job_id=f"retrain/{stream.stream_id}/w{self._state.window}/v{version}",
-            stream=self._specs[stream.stream_id],
-            share=wish.share,
-            window=self._state.window,
-            dataset=stream.dataset,
-            checkpoint=stream.checkpoint,
-            config=wish.config,
-            next_version=version,
-            seed=self._state.window,
-        )
+        spec = self._specs[stream.stream_id]
+        job = new_job("retrain", stream, spec, self._state.window, wish.config, wish.share)
         stream.running = RunningRetrain(
             job=job,
             executor_id=wish.executor_id,

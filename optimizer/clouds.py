@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 
 from optimizer.emitter import Emitter
 from optimizer.ports import CloudJob, CloudQueue
+from optimizer.retrain_jobs import new_job
 from optimizer.state import SiteState, StreamState, Transfer
-from protocol.messages import RetrainJob
 from protocol.plan import Assignment, CloudProfile
 from protocol.schema import LinkSpec, StreamSpec
 
@@ -137,19 +137,10 @@ class CloudCarrier:
         profile = next((p for p in stream.profile.cloud if p.retrain_id == step.retrain_id), None)
         if profile is None or profile.config is None or stream.dataset is None:
             return
-        version, stream.next_version = stream.next_version, stream.next_version + 1
         stream.retrain_id = step.retrain_id
-        job = RetrainJob(
-            job_id=f"cloud/{stream.stream_id}/w{self._state.window}/v{version}",
-            stream=self._specs[stream.stream_id],
-            share=1.0,  # of whatever the cloud has
-            window=self._state.window,
-            dataset=stream.dataset,
-            checkpoint=stream.checkpoint,
-            config=profile.config,
-            next_version=version,
-            seed=self._state.window,
-        )
+        spec = self._specs[stream.stream_id]
+        # All of whatever the cloud has.
+        job = new_job("cloud", stream, spec, self._state.window, profile.config, 1.0)
         stream.sent = Transfer(
             job=job,
             retrain_id=step.retrain_id,

@@ -107,19 +107,26 @@ def desired_jobs(state: SiteState, specs: dict[str, StreamSpec], executors: Iter
     return jobs
 
 
-def used_shares(state: SiteState, executors: Iterable[str]) -> dict[str, float]:
-    """Share promised on every executor: serving, retraining, profiling and old places; comparisons not counted."""
+def planned_shares(state: SiteState, executors: Iterable[str]) -> dict[str, float]:
+    """Share promised on every executor: serving, retraining and profiling; old places and comparisons not counted."""
     used = dict.fromkeys(executors, 0.0)
     for stream in state.streams.values():
         if stream.serving_config and stream.serving_executor in used:
             used[stream.serving_executor] += stream.serving_share
         if stream.running and stream.running.executor_id in used:
             used[stream.running.executor_id] += stream.running.share
-        if stream.leaving and stream.leaving.executor_id in used:
-            used[stream.leaving.executor_id] += stream.leaving.share
     for executor_id, job in state.pipeline.items():
         if executor_id in used:
             used[executor_id] += job.share
+    return used
+
+
+def used_shares(state: SiteState, executors: Iterable[str]) -> dict[str, float]:
+    """``planned_shares`` and old places; comparisons not counted."""
+    used = planned_shares(state, executors)
+    for stream in state.streams.values():
+        if stream.leaving and stream.leaving.executor_id in used:
+            used[stream.leaving.executor_id] += stream.leaving.share
     return used
 
 

@@ -16,37 +16,10 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from protocol.datasets import DataSummary
 from protocol.errors import EkyaError, InputError
 
 _SHOWN = 20
-
-
-class DataWindow(msgspec.Struct, frozen=True):
-    """One stretch of a data set: see executor/streams/ingest.py."""
-
-    first_frame: int
-    num_frames: int
-    num_objects: int
-    classes: dict[str, int]
-    drift: float | None
-    objects_per_frame: float
-    box_edge: float
-
-
-class DataSummary(msgspec.Struct, frozen=True):
-    """A data set as the executor's readers see it."""
-
-    path: str
-    format: str
-    num_frames: int
-    num_empty: int
-    num_objects: int
-    classes: dict[str, int]
-    ids: dict[str, int]
-    sizes: dict[str, int]
-    windows: tuple[DataWindow, ...]
-    num_problems: int
-    problems: tuple[str, ...]
 
 
 def ingest(

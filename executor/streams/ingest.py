@@ -18,47 +18,13 @@ import msgspec
 
 from executor.streams.annotations import Annotated, AnnotatedSet, read_dataset
 from executor.streams.dataset import check_pictures
+from protocol.datasets import DataSummary, DataWindow
 from protocol.errors import EkyaError, InputError
 
 _SHOWN_PROBLEMS = 200
 
 
-class Window(msgspec.Struct, frozen=True):
-    """``num_windows`` equal stretches of the data set in order of time. ``classes``: boxes by name.
-
-    ``drift``: how far its mix of classes is from that of the first window, 0 (same) to 1 (nothing in common), by total
-    variation; None where one of them is empty. ``objects_per_frame``, ``box_edge``: means (edge: root of the area, px).
-    """
-
-    first_frame: int
-    num_frames: int
-    num_objects: int
-    classes: dict[str, int]
-    drift: float | None
-    objects_per_frame: float
-    box_edge: float
-
-
-class Summary(msgspec.Struct, frozen=True):
-    """The data set. ``ids``: category id of each class that occurs. ``sizes``: pictures by "WIDTHxHEIGHT".
-
-    ``num_problems`` counts all, ``problems`` shows some.
-    """
-
-    path: str
-    format: str
-    num_frames: int
-    num_empty: int
-    num_objects: int
-    classes: dict[str, int]
-    ids: dict[str, int]
-    sizes: dict[str, int]
-    windows: tuple[Window, ...]
-    num_problems: int
-    problems: tuple[str, ...]
-
-
-def summarise(found: AnnotatedSet, num_windows: int) -> Summary:
+def summarise(found: AnnotatedSet, num_windows: int) -> DataSummary:
     """Read all there is to know. Opens every picture for its size."""
     sizes = check_pictures(found)
     count: Counter[str] = Counter()
@@ -66,7 +32,7 @@ def summarise(found: AnnotatedSet, num_windows: int) -> Summary:
     for frame in found.frames:
         count.update(_name(found, box.category) for box in frame.boxes)
         ids |= {_name(found, box.category): box.category for box in frame.boxes}
-    return Summary(
+    return DataSummary(
         path=str(found.path),
         format=found.format,
         num_frames=len(found.frames),
@@ -81,17 +47,17 @@ def summarise(found: AnnotatedSet, num_windows: int) -> Summary:
     )
 
 
-def windows_of(found: AnnotatedSet, num_windows: int) -> tuple[Window, ...]:
+def windows_of(found: AnnotatedSet, num_windows: int) -> tuple[DataWindow, ...]:
     """The data set in ``num_windows`` stretches, fewer when it has fewer frames."""
     total = len(found.frames)
     num_windows = min(num_windows, total)
-    windows: list[Window] = []
+    windows: list[DataWindow] = []
     for number in range(num_windows):
         first, end = number * total // num_windows, (number + 1) * total // num_windows
         part = found.frames[first:end]
         classes = Counter(_name(found, box.category) for frame in part for box in frame.boxes)
         windows.append(
-            Window(
+            DataWindow(
                 first_frame=first,
                 num_frames=end - first,
                 num_objects=sum(classes.values()),
