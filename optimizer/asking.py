@@ -7,7 +7,7 @@ from typing import Literal
 
 import msgspec
 
-from optimizer import questions
+from optimizer import demands, questions
 from optimizer.config import SiteConfig
 from optimizer.emitter import Emitter
 from optimizer.objective import Verdict, judge
@@ -88,6 +88,8 @@ class Asker:
         )
         if problem is None:
             return  # asked again as soon as an executor is there
+        for stream in state.streams.values():
+            demands.plan_with(stream)
         self._wanted = None
         self._token += 1
         phase: Literal["profiling", "plan", "replan"] = (

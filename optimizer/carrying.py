@@ -10,8 +10,9 @@ from optimizer.retrain_jobs import new_job
 from optimizer.state import ExecutorState, Leaving, Retraining, RunningRetrain, SiteState, StreamState
 from protocol.schema import StreamSpec
 
-# A stream that moves to another GPU is served at the old place for at most so long.
-_MOVE_S = 3.0
+# A stream that moves to another GPU is served at the old place for at most so long. Starting at the new one takes a
+# second or two, on a machine whose cores are all busy over ten.
+_MOVE_S = 30.0
 
 
 class Carrier:
@@ -54,7 +55,7 @@ class Carrier:
     def let_go(self, now: float) -> None:
         """End the old place of a moved stream when the new one is ready.
 
-        Two streams that change places may each wait for the other's share, so that it is not waited for ever.
+        Where the plan needs its room, it ends at once: two streams that change places cannot wait for one another.
         """
         for stream in self._state.streams.values():
             leaving = stream.leaving

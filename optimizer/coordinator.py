@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from optimizer import latencies, questions
+from optimizer import demands, latencies, questions
 from optimizer.asking import WINDOW_PHASES, Asker
 from optimizer.carrying import Carrier
 from optimizer.closing import Closer
@@ -147,13 +147,25 @@ class Coordinator:
         return self._adopt_until_s is not None
 
     def _measured_latency(self, event: StreamAccuracy) -> list[Output]:
-        """A stream whose results turn out to come too late is planned anew at the next tick."""
+        """A stream whose results turn out to come too late, or that drops frames, is planned anew at the next tick."""
         stream = self.state.streams.get(event.stream_id)
         if stream is not None:
             latencies.remember(stream, event)
+            self._measured_demand(stream, event)
             if self.state.phase == "executing" and latencies.newly_late(stream, self._specs[event.stream_id]):
                 self._asker.want(f"results of {event.stream_id} come too late")
         return []
+
+    def _measured_demand(self, stream: StreamState, event: StreamAccuracy) -> None:
+        """A stream that drops frames because it needs more than was profiled is planned anew."""
+        executor = self.executors.get(stream.serving_executor)
+        job_id = serving_job_id(stream.stream_id)
+        workers = executor.workers if executor is not None and not stream.leaving else ()
+        worker = next((w for w in workers if w.job_id == job_id and w.state == "ready"), None)
+        demands.remember(stream, event, worker, executor.gpu.speed if executor is not None else 1.0)
+        if self.state.phase == "executing" and demands.newly_short(stream):
+            more = demands.besides(stream, event.inference_id)
+            self._asker.want(f"{stream.stream_id} drops frames: it needs {more:.0%} of a GPU more than was profiled")
 
     def window_end_s(self) -> float:
         """Site time at which the present window ends."""
@@ -410,6 +422,7 @@ class Coordinator:
             if stream.running is None and stream.sent is None:
                 stream.retrain_id = ""
             latencies.forget_old(stream)
+            demands.forget_old(stream)
             stream.shortfall = self._closer.shortfall(stream, window - 1)
             stream.predicted, stream.alarm = None, None
             stream.penalties = {name: last for name, last in stream.penalties.items() if last >= window}

@@ -35,6 +35,7 @@ _JUDGING_S = (0.005, 3e-5)
 # beyond that tells how busy the machine is.
 _PACE_S = {"last plan repaired": 8e-5, "cheapest": 6e-5, "fair": 4e-4, "thief": 1.4e-3}
 _LEAST_S = 2e-3
+_PATIENCE = 0.25  # of the deadline, that a child has to leave a dropped question
 _CAUTION = 1.5  # incumbents are begun if so many times their usual time is left
 # More steps than any plan of ours has; judging a plan takes time in proportion to them.
 _MOST_STEPS = (1000, 64)
@@ -120,7 +121,10 @@ class Planner:
             return most_s
         if not question.asked or self._child is None:
             return 0.0
-        return min(most_s, max(0.0, question.deadline_s - now))
+        wake_s = question.deadline_s
+        if self._child.behind and self._pool.spare_is_warm:
+            wake_s = min(wake_s, question.started_s + _PATIENCE * (wake_s - question.started_s))
+        return min(most_s, max(0.0, wake_s - now))
 
     def poll(self, now: float) -> Plan | None:
         """The plan once it is decided, None before and after.
@@ -143,18 +147,19 @@ class Planner:
             early = self._child.offer
             self._pool.lose()
             return self._decide(question, early)
+        if answer is None and left_s > 0.0:
+            self._hurry(question, now)
+            return None
         if answer is not None:
             self._pool.answered()
             return self._decide(question, answer if answer.plan is not None else self._child.offer or answer)
-        if left_s <= 0.0:
-            limit_s = question.deadline_s - question.started_s
-            cause = "" if self._child.ready else " (it was still starting)"
-            early = self._child.offer
-            cause += "; it had a plan before it was done" if early is not None else ""
-            question.notes.append(f"{self.policy_name}: no answer within {limit_s:g} s{cause}")
-            self._pool.late()
-            return self._decide(question, early)
-        return None
+        limit_s = question.deadline_s - question.started_s
+        cause = "" if self._child.ready else " (it was still starting)"
+        early = self._child.offer
+        cause += "; it had a plan before it was done" if early is not None else ""
+        question.notes.append(f"{self.policy_name}: no answer within {limit_s:g} s{cause}")
+        self._pool.late()
+        return self._decide(question, early)
 
     def close(self) -> None:
         """End the child. The planner cannot be used afterwards."""
@@ -201,7 +206,7 @@ class Planner:
         question = _Question(problem, problem, now, now + budget_s, [], [])
         dropped, self._question = self._question, question
         if dropped is not None and dropped.asked:
-            self._drop(dropped, question)
+            self._drop()
         try:
             check_problem(problem)
         except InputError as error:
@@ -212,13 +217,24 @@ class Planner:
         self._ask(question)
         self._make_incumbents(question, last_plan)
 
-    def _drop(self, old: _Question, new: _Question) -> None:
+    def _drop(self) -> None:
         """The child is busy with a question that nobody asks about any more.
 
-        A warm spare takes over. Without one, a child that is due soon is waited for: a fresh one takes longer to start.
+        A warm child is told to leave it. One that is still starting is replaced only by one that is not: a fresh one
+        would take longer.
         """
-        if self._pool.spare_is_warm or old.deadline_s > 0.5 * (new.started_s + new.deadline_s):
+        if self._child is not None and self._child.ready:
+            self._child.drop()
+        elif self._pool.spare_is_warm:
             self._pool.replace()
+
+    def _hurry(self, question: _Question, now: float) -> None:
+        """A child that does not leave a dropped question is replaced while a warm spare can still answer this one."""
+        waited_s, limit_s = now - question.started_s, question.deadline_s - question.started_s
+        behind = self._child is not None and self._child.behind
+        if behind and self._pool.spare_is_warm and waited_s >= _PATIENCE * limit_s:
+            self._pool.replace()
+            self._ask(question)
 
     def _ask(self, question: _Question) -> None:
         if self._child is None:

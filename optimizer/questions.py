@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from optimizer import latencies
+from optimizer import demands, latencies
 from optimizer.clouds import what_is_left
 from optimizer.config import SiteConfig
 from optimizer.degrading import least
@@ -183,7 +183,10 @@ def _stream(
                 left = work_left(running, executors[running.executor_id].gpu, now)
                 choices = (msgspec.structs.replace(known, gpu_seconds=left, pinned_gpu=running.executor_id),)
     gpus = [executor.gpu for executor in executors.values()]
-    inference = tuple(_with_latency(stream, profile, gpus, share_quantum) for profile in stream.profile.inference)
+    needed = (
+        _with_demand(profile, demands.besides(stream, profile.inference_id)) for profile in stream.profile.inference
+    )
+    inference = tuple(_with_latency(stream, profile, gpus, share_quantum) for profile in needed)
     return msgspec.structs.replace(
         stream.profile,
         inference=least(inference) if stream.degraded else inference,
@@ -208,6 +211,12 @@ def _cloud(stream: StreamState, with_retraining: bool, window: int) -> tuple[Clo
     if not with_retraining or stream.degraded:
         return ()
     return tuple(p for p in stream.profile.cloud if stream.penalties.get(p.retrain_id, -1) < window)
+
+
+def _with_demand(profile: InferenceProfile, besides: float) -> InferenceProfile:
+    """With the share that serving was seen to need; never more than a whole GPU because of it."""
+    share = max(profile.gpu_share_needed, min(1.0, profile.gpu_share_needed + besides))
+    return msgspec.structs.replace(profile, gpu_share_needed=share)
 
 
 def _with_latency(

@@ -179,7 +179,7 @@ class SimulatedExecutor:
                 pid=1,
                 state="ready",
                 share_granted=job.share,
-                share_achieved=job.share,
+                share_achieved=None,  # it does what the plan reckons with, and uses nobody knows how much of its share
                 progress=0,
                 model_version=job.checkpoint.version,
             )

@@ -2,7 +2,8 @@
 
 Its standard input is a socket to its parent (`optimizer.solver_process`). It loads its policy, solves
 a tiny problem to have everything in memory, says so with a reply of serial 0, and then answers
-questions one after the other until the parent is gone.
+questions one after the other until the parent is gone. SIGUSR1: nobody wants the answer to the question under way
+any more; the next one follows.
 
 Frames: 4 bytes length (big endian), then one MessagePack record: ``Question`` down, ``Answer`` up. A policy
 that has a plan before it is done offers it at once, so that a child that is killed later has not worked in vain.
@@ -19,6 +20,8 @@ import struct
 import sys
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import FrameType
 
 import msgspec
 
@@ -92,10 +95,49 @@ def take_frame(buffer: bytearray) -> bytes | None:
     return data
 
 
-def answer(policy: Policy, question: Question) -> Answer:
+class _DroppedError(Exception):
+    """The question under way is not asked any more."""
+
+
+class _Dropping:
+    """Raises out of a policy when the parent says that its question is dropped; at any other time it says nothing.
+
+    A solver written in C is left when it comes back, by its own time limit at the latest.
+    """
+
+    def __init__(self, link: socket.socket) -> None:
+        self._link = link
+        self._working = self._sending = self._dropped = False
+        signal.signal(signal.SIGUSR1, self._hear)
+
+    def _hear(self, _number: int, _frame: FrameType | None) -> None:
+        if self._working and not self._sending:
+            self._working = False
+            raise _DroppedError
+        self._dropped = self._sending
+
+    def offer(self, offered: Answer) -> None:
+        """Send a plan that is not final; half a frame would make nonsense of everything after it."""
+        self._sending, self._dropped = True, False
+        self._link.sendall(frame(offered))
+        self._sending = False
+        if self._dropped:
+            raise _DroppedError
+
+    def __enter__(self) -> None:
+        self._working = True
+
+    def __exit__(self, *_: object) -> None:
+        self._working = False
+
+
+def answer(policy: Policy, question: Question, dropping: AbstractContextManager[None] | None = None) -> Answer:
     """Ask the policy. Whatever it raises becomes a reason: one bad problem must not cost the warm process."""
     try:
-        plan = policy(question.problem, max(0.0, question.deadline_s - time.monotonic()))
+        with dropping or contextlib.nullcontext():
+            plan = policy(question.problem, max(0.0, question.deadline_s - time.monotonic()))
+    except _DroppedError:
+        return Answer(serial=question.serial, reason="it is not asked any more")
     except EkyaError as error:
         return Answer(serial=question.serial, reason=str(error))
     except Exception as error:
@@ -103,11 +145,11 @@ def answer(policy: Policy, question: Question) -> Answer:
     return Answer(serial=question.serial, plan=plan)
 
 
-def _offering(policy: Callable[..., Plan], question: Question, link: socket.socket) -> Policy:
+def _offering(policy: Callable[..., Plan], question: Question, dropping: _Dropping) -> Policy:
     """The policy, sending its parent what it has as soon as it has it."""
 
     def offer(plan: Plan) -> None:
-        link.sendall(frame(Answer(serial=question.serial, plan=plan, final=False)))
+        dropping.offer(Answer(serial=question.serial, plan=plan, final=False))
 
     return lambda problem, budget_s: policy(problem, budget_s, offer)
 
@@ -129,14 +171,15 @@ def main(policy_name: str, parent_pid: int) -> int:
     warm_up(policy_name)
     with contextlib.suppress(EkyaError):
         policy(random_problem(2, 1, 3, seed=0), 1.0)
+    dropping = _Dropping(link)
     buffer = bytearray()
     try:
         link.sendall(frame(Answer(serial=0)))
         while chunk := link.recv(1 << 20):
             buffer += chunk
             while (question := take_question(buffer)) is not None:
-                asked = _offering(policy, question, link) if offering else policy
-                link.sendall(frame(answer(asked, question)))
+                asked = _offering(policy, question, dropping) if offering else policy
+                link.sendall(frame(answer(asked, question, dropping)))
     except OSError:
         pass
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -45,6 +46,7 @@ class SolverProcess:
         self._incoming, self._outgoing = bytearray(), bytearray()
         self._serial = 0
         self._num_answers = 0
+        self._answered = 0
         self.ready = False
         self.offer: Answer | None = None  # the newest plan of the last question that is not its final answer
 
@@ -55,6 +57,19 @@ class SolverProcess:
     def fileno(self) -> int:
         """Readable when the child has something to say, or has ended."""
         return self._link.fileno()
+
+    @property
+    def behind(self) -> bool:
+        """Whether it is still busy with a question before the last one."""
+        return self.ready and self._answered < self._serial - 1
+
+    def drop(self) -> None:
+        """The answer to the question under way is not wanted any more; the child goes on to the next as soon as it can.
+
+        Only for a child that is ``ready``: one that is starting would end.
+        """
+        with contextlib.suppress(OSError):
+            self._process.send_signal(signal.SIGUSR1)
 
     def ask(self, problem: Problem, budget_s: float) -> None:
         """Send a question; its answer is due within ``budget_s`` seconds. ChildLostError when the child is gone."""
@@ -124,6 +139,8 @@ class SolverProcess:
             self._num_answers += 1
             if self._num_answers > _MOST_ANSWERS:
                 raise ChildLostError("does not stop answering")
+            if answer.final:
+                self._answered = max(self._answered, min(answer.serial, self._serial))
             if answer.serial != self._serial or answer.serial == 0:
                 continue
             if answer.final:

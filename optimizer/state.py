@@ -141,6 +141,9 @@ class StreamState(msgspec.Struct, kw_only=True):
     this window that is acted upon.
     ``latencies``: the last ones measured per
     inference configuration, seconds; ``late``: it was told in this window that the one in use is too slow.
+    ``demands``: (share needed, part of the frames dropped) of the last reports per inference
+    configuration (``demands.py``); ``demand_planned``: what the plan in force reckons with; ``demand_reports`` have
+    come since the stream is served with configuration ``demand_of``.
     """
 
     stream_id: str
@@ -169,6 +172,10 @@ class StreamState(msgspec.Struct, kw_only=True):
     turned_s: float | None = None
     latencies: dict[str, list[float]] = {}
     late: bool = False
+    demands: dict[str, list[tuple[float, float]]] = {}
+    demand_planned: dict[str, float] = {}
+    demand_of: str = ""
+    demand_reports: int = 0
 
 
 class SiteState(msgspec.Struct, kw_only=True):

@@ -1,12 +1,14 @@
 """A solver child that misbehaves as its environment says (EKYA_TEST_CHILD), for tests of the planner.
 
-hang: never answers; crash: ends when asked; dead: ends at once; mute: says nothing, not even ready;
+hang: never answers; deaf: the same, and does not hear that a question is dropped; crash: ends when asked;
+dead: ends at once; mute: says nothing, not even ready;
 garbage: answers with noise; long: announces a frame of 4 GB; infeasible: says there is no plan;
 broken: answers with a plan that breaks the rules; lie: answers with a bound below its own plan's value;
 late: answers after EKYA_TEST_DELAY seconds; honest: answers with the cheapest plan.
 """
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -20,6 +22,8 @@ from protocol.plan import Plan
 
 def main(how: str) -> None:
     link = socket.socket(fileno=os.dup(0))
+    if how == "deaf":
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     if how == "dead":
         sys.exit(3)
     if how != "mute":
@@ -29,7 +33,7 @@ def main(how: str) -> None:
         buffer += chunk
         while (question := take_question(buffer)) is not None:
             plan: Plan = cheapest(question.problem)
-            if how in ("hang", "mute"):
+            if how in ("hang", "mute", "deaf"):
                 time.sleep(3600.0)
             elif how == "crash":
                 os.abort()

@@ -229,7 +229,9 @@ def test_an_old_place_is_not_kept_for_ever() -> None:
     old = "gpu1" if stream.serving_executor == "gpu0" else "gpu0"
     assert stream.serving_config is not None
     stream.leaving = Leaving(executor_id=old, config=stream.serving_config, share=0.4, since_s=run.now)
-    run.run(until_s=run.now + 4.0)
+    run.run(until_s=run.now + 10.0)
+    assert "serve/s0" in run.executors[old].serving
+    run.run(until_s=run.now + 22.0)
     assert "serve/s0" not in run.executors[old].serving
 
 

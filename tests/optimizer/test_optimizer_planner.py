@@ -194,6 +194,36 @@ def test_a_new_question_drops_the_one_under_way(monkeypatch: pytest.MonkeyPatch)
         assert len(plan.assignments) == 3
 
 
+@pytest.mark.parametrize("policy", ["timeline", "milp"])
+def test_a_warm_child_leaves_a_dropped_question_and_answers_the_next(policy: str) -> None:
+    with Planner(policy, 60.0) as planner:
+        assert planner.wait_until_warm(60.0)
+        assert planner._child is not None
+        pid = planner._child.pid
+        for seed in range(3):
+            planner.start(random_problem(300, 20, 18, seed))
+            time.sleep(0.1)
+        assert planner.solve(PROBLEM, 20.0).report.status in ("optimal", "feasible")
+        assert planner._child.pid == pid
+
+
+def test_a_child_that_does_not_leave_a_dropped_question_is_replaced_by_a_warm_spare(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with misbehaving("deaf", monkeypatch, deadline_s=8.0) as planner:
+        assert planner.wait_until_warm(30.0)
+        first = planner._child
+        monkeypatch.setenv("EKYA_TEST_CHILD", "honest")
+        until_s = time.monotonic() + 30.0
+        while not planner._pool.spare_is_warm and time.monotonic() < until_s:
+            planner.poll(time.monotonic())
+            time.sleep(0.02)
+        planner.start(PROBLEM)
+        plan = ask(planner)
+        assert planner._child is not first
+        assert "no answer" not in plan.report.detail
+
+
 def test_the_deadline_follows_the_given_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setenv("EKYA_TEST_CHILD", "hang")
