@@ -6,7 +6,15 @@ from typing import Annotated, Literal
 
 import typer
 
+from protocol.packages import version_line
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(version_line("ekya-executor"))
+        raise typer.Exit
 
 
 @app.command(help="Run the jobs of one device (a GPU, or a CPU core taken as one) for an Ekya optimizer.")
@@ -26,6 +34,9 @@ def run(
         Literal["debug", "info", "warning", "error"] | None, typer.Option(help="Least level of log lines.")
     ] = None,
     config: Annotated[str | None, typer.Option(help="TOML file with further settings (docs/executor.md).")] = None,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and leave.")
+    ] = False,
 ) -> None:
     flags: dict[str, object] = {
         "device": device,

@@ -10,13 +10,12 @@ import typer
 from rich.console import Console
 
 from protocol.errors import EkyaError, InputError, UnreachableError
-from protocol.packages import check_packages
+from protocol.packages import check_packages, version_line
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Plan retraining windows of video analytics streams and drive the executors that carry the plans out.",
 )
 
 Windows = Annotated[int | None, typer.Option(min=1, help="Stop after this many windows (default: never).")]
@@ -42,6 +41,21 @@ Profiling = Annotated[
 ]
 Budget = Annotated[float, typer.Option(help="Seconds of wall time that a policy may take for a decision.")]
 LogLevel = Annotated[str, typer.Option(help="debug, info, warning or error.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(version_line("ekya-optimizer"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Plan retraining windows of video analytics streams and drive the executors that carry the plans out."""
 
 
 @app.command()

@@ -7,6 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import protocol
+from protocol.messages import PROTOCOL_VERSION
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -34,3 +39,11 @@ def test_a_foreign_package_in_front_of_ours_is_named(tmp_path: Path) -> None:
     told = complain(tmp_path)
     assert "InputError" in told
     assert f"profiler from {tmp_path}" in told
+
+
+@pytest.mark.parametrize("package", ["optimizer", "executor"])
+def test_every_command_says_its_version_and_needs_nothing_else_for_it(package: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"{package}.cli", "--version"], capture_output=True, text=True, check=True, timeout=60
+    )
+    assert done.stdout == f"ekya-{package} {protocol.__version__} (protocol {PROTOCOL_VERSION})\n"
