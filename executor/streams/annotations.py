@@ -176,8 +176,8 @@ def _sample(fields: list[str]) -> tuple[int, Box]:
 def _box(values: list[Any], category: int) -> Box:
     try:
         x0, y0, x1, y1 = (float(value) for value in values)
-    except (TypeError, ValueError):
-        raise ValueError(f"box {values} is not four numbers") from None
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"box {str(values)[:80]} is not four numbers") from None
     if not all(math.isfinite(value) for value in (x0, y0, x1, y1)):
         raise ValueError(f"box {values} is not finite")
     if x1 <= x0 or y1 <= y0:
@@ -235,15 +235,14 @@ def read_coco(path: Path, images: Path | None) -> AnnotatedSet:
                 raise ValueError(f"image_id {key!r} is none of the images")
             if box is not None:
                 boxes[key].append(box)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             found.problem(path, 0, f"annotations[{number}]: {error}")
     for key, entry in entries.items():
         name = Path(entry["file_name"])
-        picture = next(
-            (place / part for place in places for part in (name, Path(name.name)) if (place / part).is_file()), None
-        )
+        candidates = (place / part for place in places for part in (name, Path(name.name)))
+        picture = next((candidate for candidate in candidates if _is_file(candidate)), None)
         if picture is None:
-            found.problem(path, 0, f"image {entry['file_name']} is not in {' or '.join(map(str, places))}")
+            found.problem(path, 0, f"image {entry['file_name'][:200]} is not in {' or '.join(map(str, places))}")
             continue
         order = (entry.get("frame_id"), entry.get("date_captured"))
         known = isinstance(order[0], int), isinstance(order[1], str)
@@ -252,12 +251,22 @@ def read_coco(path: Path, images: Path | None) -> AnnotatedSet:
     return found
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        return False
+
+
 def _coco_box(entry: Any, names: dict[int, str]) -> tuple[Any, Box | None]:
     if not isinstance(entry, dict):
         raise ValueError("is no object")
     missing = [key for key in ("image_id", "category_id", "bbox") if key not in entry]
     if missing:
         raise ValueError(f"{', '.join(missing)} missing")
+    for key in ("image_id", "category_id"):
+        if not isinstance(entry[key], int | str):
+            raise ValueError(f"{key} {str(entry[key])[:80]} is no id")
     if entry["category_id"] not in names:
         raise ValueError(f"category_id {entry['category_id']!r} is none of the categories")
     if entry.get("iscrowd"):
@@ -279,6 +288,8 @@ def read_yolo(path: Path, images: Path | None, split: str) -> AnnotatedSet:
     found = AnnotatedSet("yolo", path, names)
     folder = images or path / "images"
     if split:
+        if not re.fullmatch(r"[\w-][\w.-]*", split):
+            raise InputError(f"split: {split!r} is no name of a folder in images/")
         folder = folder / split
     if not folder.is_dir():
         raise InputError(
@@ -353,7 +364,8 @@ def _yolo_names(path: Path) -> dict[int, str]:
         return names
     for place in (path / "classes.txt", path / "labels" / "classes.txt"):
         if place.is_file():
-            return dict(enumerate(line.strip() for line in place.read_text().splitlines() if line.strip()))
+            lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
+            return dict(enumerate(line.strip() for line in lines if line.strip()))
     raise InputError(f"{path}: the classes have no names: data.yaml with names, or classes.txt, is needed")
 
 
@@ -374,13 +386,13 @@ def parse_names(text: str) -> dict[int, str]:
         if close == "]":
             return dict(enumerate(_unquoted(part) for part in parts))
         pairs = [part.partition(":") for part in parts]
-        return {int(key): _unquoted(name) for key, _, name in pairs if key.strip().isdigit()}
+        return {int(key): _unquoted(name) for key, _, name in pairs if re.fullmatch(r"\s*\d{1,9}\s*", key)}
     names: dict[int, str] = {}
     for line in lines[start + 1 :]:
         if not line.strip():
             continue
         item = re.match(r"\s*-\s+(.*)$", line)
-        pair = re.match(r"\s+(\d+)\s*:\s*(.*)$", line)
+        pair = re.match(r"\s+(\d{1,9})\s*:\s*(.*)$", line)
         if item:
             names[len(names)] = _unquoted(item[1])
         elif pair:
@@ -405,4 +417,4 @@ def pictures_in(folder: Path, *, deep: bool = False) -> list[Path]:
 
 def natural(name: str) -> tuple[Any, ...]:
     """A key that puts frame9 before frame10."""
-    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name) if part)
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name) if part)

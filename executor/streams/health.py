@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from protocol.schema import StreamCondition
+
+T = TypeVar("T")
 
 # So many usable pictures in a row, and a degraded stream counts as well again.
 _GOOD_PICTURES = 3
@@ -78,6 +82,38 @@ class HealthJudge:
             elif self._held.condition != "lost":
                 self._held = Health("stalled", f"no picture for {self._stall_s:g} s")
         return self._held
+
+
+class Waiting(Generic[T]):
+    """What came and was not taken yet. Once the oldest has waited for longer than ``max_wait_s`` the newest alone is
+    kept, and that only while it is younger.
+
+    Dropped one at a time, whoever fell behind once would stay as late as is allowed until he is much faster.
+    """
+
+    def __init__(self, max_wait_s: float) -> None:
+        self._max_wait_s = max_wait_s
+        self._items: deque[tuple[float, T]] = deque()
+        self._num_lost = 0
+
+    def add(self, item: T, time_s: float, now: float) -> None:
+        """``item``, of ``time_s``, came at ``now``."""
+        self._items.append((time_s, item))
+        self._give_up(now)
+
+    def take(self, now: float) -> tuple[T | None, int]:
+        """(the oldest that waits, or None; how many were given up since the last call)."""
+        self._give_up(now)
+        lost, self._num_lost = self._num_lost, 0
+        return (self._items.popleft()[1] if self._items else None), lost
+
+    def _give_up(self, now: float) -> None:
+        if not self._items or now - self._items[0][0] <= self._max_wait_s:
+            return
+        newest = self._items[-1]
+        kept = [newest] if now - newest[0] <= self._max_wait_s else []
+        self._num_lost += len(self._items) - len(kept)
+        self._items = deque(kept)
 
 
 def pause_s(attempt: int, base_s: float, max_s: float, draw: float) -> float:

@@ -10,7 +10,6 @@ import logging
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import av
 
-from executor.streams.health import FrameCounter, Health, HealthJudge, StampClock, pause_s
+from executor.streams.health import FrameCounter, Health, HealthJudge, StampClock, Waiting, pause_s
 from executor.streams.ring import RingWriter
 from protocol.errors import EkyaError
 from protocol.logs import line
@@ -73,8 +72,7 @@ class LiveReader:
         self._stamps = StampClock()
         self._lock = threading.Lock()
         self._judge = HealthJudge(source.stall_s, time.monotonic())
-        self._waiting: deque[LivePicture] = deque()
-        self._num_lost = 0
+        self._waiting = Waiting[LivePicture](source.max_latency_s)
         self._stop = threading.Event()
         self._complained_s = -1e9
         self._first_s: float | None = None
@@ -87,13 +85,9 @@ class LiveReader:
         return bare(self._source.url)
 
     def take(self, now: float) -> tuple[LivePicture | None, int]:
-        """(the oldest picture that is not too old or None, pictures dropped since the last call)."""
+        """(the oldest picture that waits or None, pictures dropped since the last call)."""
         with self._lock:
-            while self._waiting and now - self._waiting[0].time_s > self._source.max_latency_s:
-                self._waiting.popleft()
-                self._num_lost += 1
-            lost, self._num_lost = self._num_lost, 0
-            return (self._waiting.popleft() if self._waiting else None), lost
+            return self._waiting.take(now)
 
     def health(self, now: float) -> Health:
         """How the stream is."""
@@ -215,13 +209,7 @@ class LiveReader:
             self._judge.picture((picture.width, picture.height), now)
             if index is None:
                 return late_s
-            if late_s > self._source.max_latency_s:
-                self._num_lost += 1
-            else:
-                self._waiting.append(LivePicture(index, time_s, picture))
-                while self._waiting and now - self._waiting[0].time_s > self._source.max_latency_s:
-                    self._waiting.popleft()
-                    self._num_lost += 1
+            self._waiting.add(LivePicture(index, time_s, picture), time_s, now)
         return late_s
 
     def _keep(self, index: int, picture: Any, now: float) -> None:

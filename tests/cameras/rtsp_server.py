@@ -71,13 +71,16 @@ class Camera:
                 self.sources.remove(source)
 
     def shoot(self) -> None:
-        """Push a unit to every media at the camera's pace, whoever listens."""
-        draw, start, number = random.Random(1), time.monotonic(), 0
+        """Push a unit to every media at the camera's pace, whoever listens.
+
+        What it shows is a matter of the time, not of when it was started, so that cameras with one film show the same.
+        """
+        draw, number = random.Random(1), int(time.monotonic() * self.fps)
         while True:
-            units = self.films[self.film]
-            time.sleep(max(0.0, start + number / self.fps - time.monotonic()))
-            unit = units[number % len(units)]
             number += 1
+            units = self.films[self.film]
+            time.sleep(max(0.0, number / self.fps - time.monotonic()))
+            unit = units[number % len(units)]
             if self.frozen:
                 continue
             if self.noise:

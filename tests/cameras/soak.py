@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import random
 import subprocess
@@ -57,19 +58,51 @@ class Camera(Protocol):
     def close(self) -> None: ...
 
 
+class Trouble(msgspec.Struct, kw_only=True):
+    """What was done to a camera, seconds since the start of the run; ``noticed_s`` None: nobody said the stream was
+    degraded before it was mended, ``recovered_s`` None: nobody said that it was well again."""
+
+    at_s: float
+    how: str
+    mended_s: float | None = None
+    noticed_s: float | None = None
+    recovered_s: float | None = None
+
+
 class StreamTally(msgspec.Struct, kw_only=True):
-    """What was seen of one stream while its camera was well, and how often it was not."""
+    """What was seen of one stream while its camera was well, and how often it was not.
+
+    ``twin_sum``, ``twin_scored``: accuracy of the calm twin, which shows the same, over the very same seconds.
+    ``memory_mib``: unique memory of its worker, as in Outcome.
+    """
 
     num_seconds: float = 0.0
     num_frames: int = 0
     num_dropped: int = 0
     accuracy_sum: float = 0.0
     num_scored: int = 0
+    twin_sum: float = 0.0
+    twin_scored: int = 0
     latencies_ms: list[float] = []
     num_degraded: int = 0
     num_recovered: int = 0
-    num_troubles: int = 0
-    num_unnoticed: int = 0
+    troubles: list[Trouble] = []
+    memory_mib: list[tuple[float, float]] = []
+
+    @property
+    def num_troubles(self) -> int:
+        return len(self.troubles)
+
+    @property
+    def num_unnoticed(self) -> int:
+        """Troubles that nobody told of; a little noise need not be seen."""
+        return sum(t.noticed_s is None and t.how != "noise" for t in self.troubles)
+
+    @property
+    def recovery_s(self) -> list[float]:
+        """From a camera's being well again to the stream's."""
+        pairs = [(t.mended_s, t.recovered_s) for t in self.troubles if t.noticed_s is not None]
+        return [recovered - mended for mended, recovered in pairs if mended is not None and recovered is not None]
 
     @property
     def fps(self) -> float:
@@ -79,12 +112,18 @@ class StreamTally(msgspec.Struct, kw_only=True):
     def accuracy(self) -> float:
         return self.accuracy_sum / self.num_scored if self.num_scored else 0.0
 
+    @property
+    def twin_accuracy(self) -> float:
+        return self.twin_sum / self.twin_scored if self.twin_scored else 0.0
+
 
 class Outcome(msgspec.Struct, kw_only=True):
-    """The whole run. ``memory_mib``: (seconds since the start, unique memory of the executor and all its processes)."""
+    """The whole run. ``memory_mib``: (seconds since the start, unique memory of the executor and all its processes);
+    ``executor_mib``: of the executor alone."""
 
     streams: dict[str, StreamTally]
     memory_mib: list[tuple[float, float]]
+    executor_mib: list[tuple[float, float]]
     deaths: list[str]
     seconds: float
     busy_s: float
@@ -96,14 +135,23 @@ class Outcome(msgspec.Struct, kw_only=True):
         return every[math.ceil(0.99 * len(every)) - 1] if every else 0.0
 
     def memory_slope(self) -> float:
-        """Growth of memory, MiB per minute, by least squares over the second half."""
-        half = [point for point in self.memory_mib if point[0] > self.seconds / 2]
-        if len(half) < 3:
-            return 0.0
-        mean_t = sum(t for t, _ in half) / len(half)
-        mean_m = sum(m for _, m in half) / len(half)
-        spread = sum((t - mean_t) ** 2 for t, _ in half)
-        return 60.0 * sum((t - mean_t) * (m - mean_m) for t, m in half) / spread
+        """Growth of memory, MiB per minute, over the second half."""
+        return slope(self.memory_mib, self.seconds / 2)
+
+
+def slope(points: Sequence[tuple[float, float]], from_s: float) -> float:
+    """Growth per minute by least squares, of what was measured after ``from_s``; 0 of fewer than three points.
+
+    >>> slope([(t, 5.0 + t / 30.0) for t in range(60)], 10.0)
+    2.0
+    """
+    points = [point for point in points if point[0] > from_s]
+    if len(points) < 3:
+        return 0.0
+    mean_t = sum(t for t, _ in points) / len(points)
+    mean_m = sum(m for _, m in points) / len(points)
+    spread = sum((t - mean_t) ** 2 for t, _ in points)
+    return round(60.0 * sum((t - mean_t) * (m - mean_m) for t, m in points) / spread, 9)
 
 
 def train_student(store: Path, size: tuple[int, int], seconds: float = 30.0) -> CheckpointRef:
@@ -130,6 +178,22 @@ def train_student(store: Path, size: tuple[int, int], seconds: float = 30.0) -> 
     assert result is not None
     assert result.checkpoint is not None
     return result.checkpoint
+
+
+def _add(event: StreamAccuracy, tallies: dict[str, StreamTally], is_well: Callable[[str], bool]) -> None:
+    """Count a second of a stream that is well; of a calm one also for its twin, if that is well."""
+    twin = event.stream_id.replace("calm", "hurt")
+    if twin != event.stream_id and twin in tallies and is_well(twin):
+        tallies[twin].twin_sum += event.accuracy_sum
+        tallies[twin].twin_scored += event.num_scored
+    if is_well(event.stream_id):
+        tally = tallies[event.stream_id]
+        tally.num_seconds += event.num_analysed / event.fps if event.fps else 1.0
+        tally.num_frames += event.num_analysed
+        tally.num_dropped += event.num_dropped
+        tally.accuracy_sum += event.accuracy_sum
+        tally.num_scored += event.num_scored
+        tally.latencies_ms.append(event.latency_ms_p99)
 
 
 def _open(spec: StreamSpec):  # type: ignore[no-untyped-def]
@@ -176,8 +240,9 @@ class Soak:
         draw = random.Random(seed)
         start = time.monotonic()
         unwell_until: dict[str, float] = defaultdict(lambda: -1.0)
-        hurt: dict[int, tuple[float, str, int]] = {}
+        hurt: dict[int, float] = {}
         memory: list[tuple[float, float]] = []
+        executor: list[tuple[float, float]] = []
         next_trouble, next_memory, num_hurts = start + 2.0, start, 0
         while (now := time.monotonic()) < start + seconds:
             if now >= next_trouble:
@@ -187,21 +252,24 @@ class Soak:
                     number, how = draw.choice(well), draw.choice(_TROUBLES) if num_hurts else "kill"
                     num_hurts += 1
                     self.cameras[number].hurt(how)
-                    hurt[number] = (now + draw.uniform(3.0, 6.0), how, tallies[self.names[number]].num_degraded)
-                    tallies[self.names[number]].num_troubles += 1
+                    hurt[number] = now + draw.uniform(3.0, 6.0)
+                    tallies[self.names[number]].troubles.append(Trouble(at_s=now - start, how=how))
                     unwell_until[self.names[number]] = float("inf")
                     on_progress(f"{now - start:6.1f} s: {self.names[number]} {how}")
-            for number, (until, how, before) in list(hurt.items()):
+            for number, until in list(hurt.items()):
                 if now >= until:
                     self.cameras[number].mend()
                     del hurt[number]
-                    tally = tallies[self.names[number]]
-                    tally.num_unnoticed += how != "noise" and tally.num_degraded == before
-                    unwell_until[self.names[number]] = now + _SETTLED_S
+                    tallies[self.names[number]].troubles[-1].mended_s = time.monotonic() - start
+                    unwell_until[self.names[number]] = time.monotonic() + _SETTLED_S
             if now >= next_memory:
                 next_memory = now + 2.0
-                memory.append((now - start, self._memory_mib()))
-            self._take(tallies, unwell_until)
+                taken = self._memory_mib()
+                memory.append((now - start, sum(taken.values())))
+                executor.append((now - start, taken.get("", 0.0)))
+                for name in taken.keys() & tallies.keys():
+                    tallies[name].memory_mib.append((now - start, taken[name]))
+            self._take(tallies, unwell_until, start)
         beat = self._beat
         assert beat is not None
         ready = {worker.stream_id for worker in beat.workers if worker.state == "ready"}
@@ -211,6 +279,7 @@ class Soak:
         return Outcome(
             streams=tallies,
             memory_mib=memory,
+            executor_mib=executor,
             deaths=self.deaths,
             seconds=seconds,
             busy_s=sum(sum(process.cpu_times()[:2]) for process in processes),
@@ -227,22 +296,23 @@ class Soak:
         while time.monotonic() < end:
             self._events()
 
-    def _take(self, tallies: dict[str, StreamTally], unwell_until: dict[str, float]) -> None:
+    def _take(self, tallies: dict[str, StreamTally], unwell_until: dict[str, float], start: float) -> None:
         for event in self._events():
+            now = time.monotonic()
             if isinstance(event, WorkerChanged) and event.change == "failed":
                 self.deaths.append(f"{event.stream_id}: {event.reason}")
             if isinstance(event, StreamDegraded):
-                tallies[event.stream_id].num_degraded += 1
-            elif isinstance(event, StreamRecovered):
-                tallies[event.stream_id].num_recovered += 1
-            elif isinstance(event, StreamAccuracy) and time.monotonic() > unwell_until[event.stream_id]:
                 tally = tallies[event.stream_id]
-                tally.num_seconds += event.num_analysed / event.fps if event.fps else 1.0
-                tally.num_frames += event.num_analysed
-                tally.num_dropped += event.num_dropped
-                tally.accuracy_sum += event.accuracy_sum
-                tally.num_scored += event.num_scored
-                tally.latencies_ms.append(event.latency_ms_p99)
+                tally.num_degraded += 1
+                if tally.troubles and tally.troubles[-1].noticed_s is None:
+                    tally.troubles[-1].noticed_s = now - start
+            elif isinstance(event, StreamRecovered):
+                tally = tallies[event.stream_id]
+                tally.num_recovered += 1
+                if tally.troubles:
+                    tally.troubles[-1].recovered_s = now - start
+            elif isinstance(event, StreamAccuracy):
+                _add(event, tallies, lambda name, now=now: now > unwell_until[name])  # type: ignore[misc]
 
     def _events(self) -> list[object]:
         for message in self._model.turn(0.02):
@@ -257,14 +327,15 @@ class Soak:
                 continue
         return events
 
-    def _memory_mib(self) -> float:
-        total = 0
+    def _memory_mib(self) -> dict[str, float]:
+        """Unique memory by stream; "": the executor; other names: what else it runs."""
+        streams = {worker.pid: worker.stream_id for worker in self._beat.workers} if self._beat else {}
+        taken: dict[str, float] = {}
         for process in [psutil.Process(self._executor.pid), *model.descendants(self._executor.pid)]:
-            try:
-                total += process.memory_full_info().uss
-            except psutil.NoSuchProcess:
-                continue
-        return total / 2**20
+            with contextlib.suppress(psutil.NoSuchProcess):
+                name = "" if process.pid == self._executor.pid else streams.get(process.pid, f"process {process.pid}")
+                taken[name] = taken.get(name, 0.0) + process.memory_full_info().uss / 2**20
+        return taken
 
     def close(self) -> None:
         self._executor.terminate()

@@ -193,6 +193,9 @@ def row(line: str) -> Callable[[Path], Path]:
         (rewrite(lambda r: r["annotations"][2].update(bbox=[1, 2, 3])), "annotations[2]: bbox [1, 2, 3] is not"),
         (rewrite(lambda r: r["annotations"][2].update(bbox=[1, 2, 0, 4])), "is empty"),
         (rewrite(lambda r: r["annotations"][2].pop("bbox")), "annotations[2]: bbox missing"),
+        (rewrite(lambda r: r["annotations"][2].update(bbox=[10**400, 2, 3.5, 4])), "annotations[2]: "),
+        (rewrite(lambda r: r["annotations"][2].update(image_id=[5])), "annotations[2]: image_id [5] is no id"),
+        (rewrite(lambda r: r["images"][1].update(file_name="x" * 400)), "is not in"),
         (rewrite(lambda r: r["images"][1].update(file_name="gone.png")), "image gone.png is not in"),
         (rewrite(lambda r: r["images"][1].update(id=100)), "is used twice"),
         (rewrite(lambda r: r["categories"].append({"id": "x"})), "categories[2]: id"),
@@ -229,6 +232,7 @@ def test_a_mistake_is_named_with_file_and_line_and_the_stream_refused(
         (lambda f: f, "neither a sample list"),
         (lambda f: write(f / "labels" / "a.txt", "0 0.5 0.5 0.1 0.1").parent.parent, "the classes have no names"),
         (lambda f: write(f / "data.yaml", "nc: 3").parent, "names is missing"),
+        (lambda f: write(f / "data.yaml", f"names:\n  {'9' * 5000}: a").parent, "names is missing"),
         (lambda f: write(f / "data.yaml", "names: [a]").parent, "images: is not there"),
         (lambda f: (coco(f), f)[1] / "set2.json", "is not there"),
     ],
@@ -261,6 +265,14 @@ def test_a_class_map_that_does_not_fit_is_named(tmp_path: Path, class_map: dict[
 
 
 # ---------------------------------------------------------------- what is in it
+
+
+def test_names_that_are_nearly_numbers_and_class_names_in_another_encoding_are_read(tmp_path: Path) -> None:
+    assert sorted(["b10", "b9", "\u00b21"], key=natural) == ["b9", "b10", "\u00b21"]
+    yolo(tmp_path)
+    (tmp_path / "data.yaml").unlink(missing_ok=True)
+    (tmp_path / "classes.txt").write_bytes(b"pi\xe9ton\ncar\n")
+    assert list(read_dataset(tmp_path).names) == [0, 1]
 
 
 def test_a_summary_counts_everything_and_shows_the_drift(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from executor.streams.health import FrameCounter, Health, HealthJudge, StampClock, pause_s
+from executor.streams.health import FrameCounter, Health, HealthJudge, StampClock, Waiting, pause_s
 
 SIZE = (320, 240)
 
@@ -127,3 +127,33 @@ def test_frames_are_numbered_at_the_streams_rate_each_number_once(camera_fps: fl
 def test_a_recording_for_the_first_model_begins_where_it_is_to_begin() -> None:
     counter = FrameCounter(10.0, None, start_s=-20.0)
     assert [counter.number(5000.0 + n / 10) for n in range(3)] == [-200, -199, -198]
+
+
+def test_who_falls_behind_gets_the_newest_picture_next_and_every_picture_is_taken_or_counted_once() -> None:
+    waiting = Waiting[int](0.4)
+    taken, lost = [], 0
+    for step in range(200):  # a picture every 100 ms; nobody asks between 5 s and 8 s, then every 120 ms
+        now = step / 10.0
+        waiting.add(step, now, now)
+        if not 5.0 < now < 8.0 and step % 6:
+            item, given_up = waiting.take(now)
+            lost += given_up
+            if item is not None:
+                taken.append((now, item))
+    first = next(at for at in taken if at[0] >= 8.0)
+    assert first[0] - first[1] / 10.0 <= 0.4
+    lags = [now - item / 10.0 for now, item in taken]
+    assert max(lags) <= 0.4 + 1e-9
+    assert sum(lags) / len(lags) < 0.25, "and not as late as is allowed for ever"
+    assert [item for _, item in taken] == sorted({item for _, item in taken})
+    item, given_up = waiting.take(1e3)
+    assert item is None
+    assert len(taken) + lost + given_up == 200
+
+
+def test_a_picture_that_is_late_already_when_it_comes_is_given_up() -> None:
+    waiting = Waiting[str](0.4)
+    waiting.add("late", 1.0, 2.0)
+    assert waiting.take(2.0) == (None, 1)
+    waiting.add("in time", 1.9, 2.0)
+    assert waiting.take(2.2) == ("in time", 0)
