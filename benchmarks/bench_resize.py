@@ -53,7 +53,8 @@ from tests.executor.optimizer_model import OptimizerModel, plan
 CORE = max(os.sched_getaffinity(0))
 BACKENDS = ("cgroup", "pacing", "replacement")
 STREAM = tiny_source.spec("resize", fps=20.0, student=StudentSpec(head_width=8))
-GREEDY = tiny_source.spec("greedy-share", fps=240.0, student=StudentSpec(head_width=8))
+# More than a whole core's work, or large shares would not be used up.
+GREEDY = msgspec.structs.replace(tiny_source.spec("greedy-share", fps=240.0), crop_px=48)
 SHARES = (0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 LOG = "RESIZE_BENCH_RESULTS"
 
@@ -135,7 +136,7 @@ class Site:
             job_id="serve",
             stream=stream,
             share=share,
-            config=InferenceConfig(config_id="every", resolution_px=16),
+            config=InferenceConfig(config_id="every", resolution_px=stream.crop_px),
             checkpoint=save(folder, stream, 1),
             position_s=100.0,
         )
@@ -185,7 +186,7 @@ def save(store: Path, stream: StreamSpec, version: int) -> CheckpointRef:
     torch.manual_seed(version)
     student = build_student(stream.student, len(stream.classes))
     return checkpoints.save(
-        store, student, stream_id=stream.stream_id, version=version, classes=stream.classes, crop_px=16
+        store, student, stream_id=stream.stream_id, version=version, classes=stream.classes, crop_px=stream.crop_px
     )
 
 

@@ -19,7 +19,7 @@ import msgspec
 
 from tests.cameras.film import SIZE, write_film
 from tests.cameras.rtsp_camera import RtspCamera, why_not
-from tests.cameras.soak import FPS, Outcome, Soak, slope, train_student
+from tests.cameras.soak import BACK_S, FPS, Outcome, Soak, slope, train_student
 from tests.integration.rig import free_port
 
 
@@ -33,7 +33,7 @@ def bounds(outcome: Outcome) -> list[str]:
             broken.append(f"{name}: accuracy {tally.accuracy:.3f}, its calm twin meanwhile {tally.twin_accuracy:.3f}")
         if tally.num_unnoticed:
             broken.append(f"{name}: {tally.num_unnoticed} of {tally.num_troubles} troubles were not noticed")
-        if max(tally.recovery_s, default=0.0) > 8.0:
+        if max(tally.recovery_s, default=0.0) > BACK_S:
             broken.append(f"{name}: came back {max(tally.recovery_s):.1f} s after its camera")
     if outcome.latency_ms_p99 > 500.0:
         broken.append(f"latency p99 {outcome.latency_ms_p99:.0f} ms")

@@ -19,6 +19,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from torch import Tensor
+from torchvision.transforms.functional import resize
 
 from executor.learning.weights import fill, read_state
 from executor.streams.samples import label_table, read_samples
@@ -29,8 +30,10 @@ from protocol.errors import EkyaError
 Example = tuple[Tensor, dict[str, Tensor]]
 
 
-def read(path: Path, classes: tuple[str, ...], class_map: dict[str, str], step: int, min_score: float) -> list[Example]:
-    """Every ``step``-th frame that has a box."""
+def read(
+    path: Path, classes: tuple[str, ...], class_map: dict[str, str], step: int, min_score: float, edge: int
+) -> list[Example]:
+    """Every ``step``-th frame that has a box, no larger than ``edge``."""
     video = Video(path)
     samples = read_samples(
         path.with_suffix(".csv"),
@@ -44,7 +47,10 @@ def read(path: Path, classes: tuple[str, ...], class_map: dict[str, str], step: 
         if number in samples:
             picture = torch.from_numpy(np.ascontiguousarray(video.pixels(number))).permute(2, 0, 1)
             boxes, labels = torch.from_numpy(samples[number].boxes), torch.from_numpy(samples[number].labels) + 1
-            found.append((picture, {"boxes": boxes, "labels": labels}))
+            factor = min(1.0, edge / max(picture.shape[1:]))
+            size = [round(factor * side) for side in picture.shape[1:]]
+            picture = resize(picture, size, antialias=True)
+            found.append((picture, {"boxes": boxes * factor, "labels": labels}))
     video.close()
     return found
 
@@ -66,12 +72,17 @@ def main() -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--step", type=int, default=4, help="use every so many-th frame")
+    parser.add_argument("--edge", type=int, default=320, help="longer edge of the pictures")
     parser.add_argument("--min-score", type=float, default=0.45)
     options = parser.parse_args()
     kept = dict(pair.split("=", 1) for pair in options.map.split(","))
     classes = tuple(dict.fromkeys(kept.values()))
     everything = {str(number): kept.get(str(number), "") for number in range(1, 91)}
-    examples = [e for v in options.videos for e in read(v, classes, everything, options.step, options.min_score)]
+    examples = [
+        example
+        for video in options.videos
+        for example in read(video, classes, everything, options.step, options.min_score, options.edge)
+    ]
     print(f"{len(examples)} frames, classes {', '.join(classes)}", flush=True)
 
     torch.manual_seed(1)
@@ -97,7 +108,7 @@ def main() -> int:
             torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
             optimizer.step()
             schedule.step()
-            total += float(loss) * len(drawn)
+            total += loss.item() * len(drawn)
         save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, options.out)
         print(
             f"epoch {epoch} of {options.epochs}: loss {total / len(examples):.3f}, {time.monotonic() - start:.0f} s",

@@ -16,6 +16,8 @@ from collections.abc import Callable
 _SAMPLE_S = 0.1
 _SHORTEST_REST_S = 1e-6  # below this a rest may be lost in the rounding of the clock
 _HISTORY_S = 60.0
+_WINDOW_S = 10.0
+_LEAST_S = 0.5  # the burst is a larger part of less
 
 
 class Pacer:
@@ -40,6 +42,7 @@ class Pacer:
         self._now, self._busy = clock(), busy_clock()
         self._tokens = burst_s
         self._samples: deque[tuple[float, float]] = deque([(self._now, self._busy)])
+        self._granted_s = self._now
 
     @property
     def share(self) -> float:
@@ -49,7 +52,10 @@ class Pacer:
     def set_share(self, share: float) -> None:
         """Grant another share from now on; time before now is settled at the old one."""
         self._settle()
-        self._share = _checked(share)
+        if share != self._share:
+            self._share = _checked(share)
+            self._samples.append((self._now, self._busy))
+            self._granted_s = self._now
 
     def busy_s(self) -> float:
         """Busy seconds consumed so far, by the busy clock."""
@@ -78,16 +84,22 @@ class Pacer:
             self._sleep(owed)
         return self._clock() - start
 
-    def achieved(self, window_s: float = 10.0) -> float | None:
-        """Busy share of about the last ``window_s`` seconds; None before anything was measured."""
+    def achieved(self, window_s: float | None = None) -> float | None:
+        """Busy share of about the last ``window_s`` seconds; None before anything was measured.
+
+        Without a window: of the last ten seconds, and nothing from before the present share was granted.
+        """
         self._settle()
+        since = self._now - window_s if window_s is not None else max(self._now - _WINDOW_S, self._granted_s)
         start = self._samples[0]
         for sample in reversed(self._samples):
             start = sample
-            if sample[0] <= self._now - window_s:
+            if sample[0] <= since:
                 break
         elapsed = self._now - start[0]
-        return None if elapsed < _SAMPLE_S else (self._busy - start[1]) / elapsed
+        return (
+            None if elapsed < (_SAMPLE_S if window_s is not None else _LEAST_S) else (self._busy - start[1]) / elapsed
+        )
 
     def _settle(self) -> None:
         now, busy = self._clock(), self._busy_clock()

@@ -42,7 +42,10 @@ SETTINGS = 'worker = "tests.cameras.truthful:main"\npreload = "tests.cameras.tru
 CONFIG = InferenceConfig(config_id="f1r32", resolution_px=32)
 _TROUBLES = ("kill", "freeze", "noise", "garbage")
 _WARM_S = 5.0  # the first results of a process pay for its set-up
-_SETTLED_S = 8.0  # a camera that is left alone for so long after its trouble is healthy again
+_OPEN_S, _PAUSE_S, _STALL_S = 3.0, 2.0, 1.5
+# How long a stream may take to come back: an attempt that began while the camera was unwell, and one that succeeds.
+BACK_S = 2 * _OPEN_S + _PAUSE_S + 2.0
+_SETTLED_S = BACK_S  # a camera that is left alone for so long after its trouble is healthy again
 
 
 class Camera(Protocol):
@@ -217,7 +220,7 @@ class Soak:
         self._model.telemetry = f"tcp://127.0.0.1:{self._telemetry.bind_to_random_port('tcp://127.0.0.1')}"
         self._executor: subprocess.Popen[bytes] = model.start_executor(self._model.address, folder, settings=SETTINGS)
         self._model.wait_for(Heartbeat)
-        share = math.floor(900 / len(self.names)) / 1000
+        share = math.floor(1000 / len(self.names)) / 1000
         jobs = [self._job(number, checkpoint, share) for number in self.cameras]
         self._model.apply(model.plan(*jobs))
         self._beat: Heartbeat | None = None
@@ -225,7 +228,13 @@ class Soak:
 
     def _job(self, number: int, checkpoint: CheckpointRef, share: float) -> InferenceJob:
         name = self.names[number]
-        source = LiveSource(url=self.cameras[number].url, stall_s=1.5, backoff_max_s=2.0, keep_s=20.0)
+        source = LiveSource(
+            url=self.cameras[number].url,
+            open_timeout_s=_OPEN_S,
+            stall_s=_STALL_S,
+            backoff_max_s=_PAUSE_S,
+            keep_s=20.0,
+        )
         spec = StreamSpec(stream_id=name, source=source, classes=CLASSES, fps=FPS, crop_px=32)
         return InferenceJob(
             job_id=f"serve/{name}", stream=spec, share=share, config=CONFIG, checkpoint=checkpoint, position_s=0.0

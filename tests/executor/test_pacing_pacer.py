@@ -104,6 +104,19 @@ def test_excused_work_is_not_paid_for_but_shows_in_the_achieved_share() -> None:
     assert pacer.achieved() == pytest.approx(1.0)
 
 
+def test_what_was_achieved_at_an_earlier_share_is_not_counted() -> None:
+    machine = Machine()
+    pacer = machine.pacer(0.2)
+    run(machine, pacer, 120.0, (0.005, 0.01))
+    assert pacer.achieved() == pytest.approx(0.2, rel=0.1)
+    pacer.set_share(0.8)
+    assert pacer.achieved() is None
+    run(machine, pacer, 123.0, (0.005, 0.01))
+    assert pacer.achieved() == pytest.approx(0.8, rel=0.1)
+    pacer.set_share(0.8)
+    assert pacer.achieved() is not None, "nothing has changed"
+
+
 def test_nothing_is_achieved_before_anything_was_measured() -> None:
     assert Machine().pacer(0.5).achieved() is None
 
