@@ -48,6 +48,7 @@ MAX_ROWS = 512
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _LEVELS = {"info": "cyan", "warning": "yellow", "error": "bold red"}
 _KINDS = {"inference": "green", "retrain": "magenta", "trial": "yellow", "label": "blue", "canary": "cyan"}
+_DOING = {"label": "labelling", "trial": "micro-profiling", "retrain": "retraining", "canary": "comparing models"}
 
 
 @dataclass(slots=True)
@@ -58,6 +59,8 @@ class StreamRow:
     activity: str = ""
     activity_done: float | None = None  # 0..1, for a bar
     style: str = ""
+    doing: str = ""  # kind of the job that the activity is, "" = something that has happened and stays true
+    last: tuple[str, str] = ("", "")  # what has happened, and its style
 
 
 class WatchState:
@@ -99,10 +102,12 @@ class WatchState:
                 text = (
                     f"{event.config.config_id} {event.epoch.epoch}/{event.config.epochs} acc {event.epoch.accuracy:.2f}"
                 )
-                self._activity(event.stream_id, text, "magenta", done)
-            case GateDecided() if event.decision in ("kept", "rolled_back", "on_trial"):
+                self._activity(event.stream_id, text, "magenta", "retrain", done)
+            case GateDecided() if event.decision in ("kept", "rolled_back", "on_trial") or (
+                event.stage != "gate" and event.decision == "refused"
+            ):
                 word = event.decision.replace("_", " ")
-                style = "red" if event.decision == "rolled_back" else "green"
+                style = {"rolled_back": "red", "refused": "yellow"}.get(event.decision, "green")
                 self._activity(event.stream_id, f"model {event.version} {word}", style)
             case RetrainFinished():
                 text = f"{event.accuracy_before:.2f} → {event.accuracy_after:.2f}"
@@ -127,21 +132,23 @@ class WatchState:
         _bound(self.streams)
         return row
 
-    def _activity(self, stream_id: str, text: str, style: str, done: float | None = None) -> None:
+    def _activity(self, stream_id: str, text: str, style: str, doing: str = "", done: float | None = None) -> None:
         row = self._row(stream_id)
-        row.activity, row.style, row.activity_done = text, style, done
+        row.activity, row.style, row.doing, row.activity_done = text, style, doing, done
+        if not doing:
+            row.last = (text, style)
 
     def _worker(self, event: WorkerChanged) -> None:
         if event.change in ("finished", "failed", "stopped"):
             self.jobs.pop(event.job_id, None)
+            row = self._row(event.stream_id)
+            if row.doing == event.kind:
+                self._activity(event.stream_id, *row.last)
         if event.change == "failed":
             text = f"{event.kind} of {event.stream_id} failed: {event.reason}"
             self._notice(Notice(time_s=event.time_s, site_s=event.site_s, level="warning", text=text))
         elif event.change == "started" and event.kind != "inference":
-            text = {"label": "labelling", "trial": "micro-profiling", "retrain": "retraining", "canary": "canary"}[
-                event.kind
-            ]
-            self._activity(event.stream_id, text, _KINDS[event.kind])
+            self._activity(event.stream_id, _DOING[event.kind], _KINDS[event.kind], event.kind)
 
     def _notice(self, event: Notice) -> None:
         if event not in self.notices:
@@ -198,6 +205,10 @@ def _header(state: WatchState) -> RenderableType:
             f"   window {state.window.window}   term {state.window.term}   policy {_clean(state.window.policy)}"
         )
         text.append(f"   {max(0.0, left_s):.0f} s of {state.window.window_s:.0f} s left")
+    elif state.executors:
+        text.append("   before the first window: first models are trained, then measured")
+    else:
+        text.append("   waiting for executors")
     if state.plan is not None:
         plan = state.plan
         text.append(f"\n{plan.phase} {plan.revision}: ", style="bold")

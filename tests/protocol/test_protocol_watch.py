@@ -19,6 +19,7 @@ from protocol.errors import InputError, UnreachableError
 from protocol.events import (
     ExecutorChanged,
     JobShare,
+    LabelsCollected,
     Notice,
     PlanSolved,
     RetrainFinished,
@@ -332,3 +333,26 @@ def test_nobody_at_the_address_is_a_clear_error() -> None:
         watch("tcp://127.0.0.1:9", timeout_s=0.2)
     with pytest.raises(InputError, match="ADDRESS: 'localhost' is not an address; write it like tcp://"):
         watch("localhost")
+
+
+def test_what_is_over_gives_way_to_what_was_found() -> None:
+    state = WatchState("site")
+    state.apply(worker("c-1", "canary", "started"))
+    assert "comparing models" in row(screen(state), "cam-1")
+    state.apply(worker("c-1", "canary", "finished"))
+    assert "comparing models" not in screen(state)
+    labels: dict[str, Any] = {"num_frames": 20, "num_train": 30, "num_validation": 9, "class_counts": (39,)}
+    state.apply(LabelsCollected(time_s=T0, stream_id="cam-1", window=1, seconds=1.0, **labels))
+    state.apply(worker("t-1", "trial", "started"))
+    assert "micro-profiling" in row(screen(state), "cam-1")
+    state.apply(worker("l-1", "label", "finished"))
+    assert "micro-profiling" in row(screen(state), "cam-1"), "another job's end"
+    state.apply(worker("t-1", "trial", "stopped"))
+    assert "39 labels" in row(screen(state), "cam-1")
+
+
+def test_the_screen_says_what_is_waited_for_before_the_first_window() -> None:
+    state = WatchState("site")
+    assert "waiting for executors" in screen(state)
+    state.apply(ExecutorChanged(time_s=T0, executor_id="e1", gpu_id="g0", change="joined", reason=""))
+    assert "before the first window: first models are trained" in screen(state)
