@@ -97,8 +97,9 @@ def main() -> int:
     for epoch in range(1, options.epochs + 1):
         start, total = time.monotonic(), 0.0
         model.train()
-        for batch in torch.randperm(len(examples)).split(options.batch_size):
-            drawn = [examples[number] for number in batch.tolist()]
+        order = torch.randperm(len(examples)).tolist()
+        for first in range(0, len(order), options.batch_size):
+            drawn = [examples[number] for number in order[first : first + options.batch_size]]
             drawn = [mirrored(*example) if torch.rand(()) < 0.5 else example for example in drawn]
             gains = 0.7 + 0.6 * torch.rand(len(drawn))
             pictures = [(p.float() / 255.0 * gain).clamp(0, 1) for (p, _), gain in zip(drawn, gains, strict=True)]
