@@ -1,7 +1,7 @@
 """Shares as they are held and changed: achieved against granted, resizing a serving stream, swapping its model.
 
-``python benchmarks/bench_resize.py [shares|resize|swap ...]`` prints the tables; ``pytest benchmarks/bench_resize.py``
-holds their bounds with fewer repetitions. Executor, workers, sockets and share backends are the real ones, on one core.
+``python benchmarks/bench_resize.py [shares|resize|swap ...] [cgroup|pacing|replacement ...]`` prints the tables;
+``pytest benchmarks/bench_resize.py`` holds their bounds with fewer repetitions. Executor, workers, sockets and share backends are the real ones, on one core.
 ``replacement`` is what MPS needs, where a running client cannot grow: here with paced workers whose cap is fixed.
 
 What a change adds to the interval between two results is the longest interval that touches the time after it, less the
@@ -317,9 +317,9 @@ def test_swapping_leaks_nothing() -> None:
 # ---------------------------------------------------------------- tables
 
 
-def _print_shares(console: Console) -> None:
+def _print_shares(console: Console, names: list[str]) -> None:
     table = Table("backend", "granted", "achieved", "error", "as reported", "load")
-    for name in ("cgroup", "pacing"):
+    for name in names:
         for row in measure_shares(name):
             error = row["achieved"] / row["share"] - 1.0
             table.add_row(
@@ -355,7 +355,7 @@ def main() -> int:
     wanted = sys.argv[1:] or ["shares", "resize", "swap"]
     names = [name for name in BACKENDS if name in wanted] or list(BACKENDS)
     if "shares" in wanted:
-        _print_shares(console)
+        _print_shares(console, [name for name in names if name != "replacement"])
     if "resize" in wanted:
         _print_changes(
             console, [measure_resize(name, 15 if name == "replacement" else 50, 0.5) for name in names], "changes"

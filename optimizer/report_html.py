@@ -220,9 +220,13 @@ def _plan_cell(row: StreamWindowRow, tints: dict[str, int]) -> str:
         return f'{first}<div class="chip none">no retraining</div>'
     return (
         f'{first}<div class="chip" style="--hue:{tints[row.retrain_id]}">{escape(row.retrain_id)} <small>'
-        f"{100 * row.retrain_share:.0f} % of {escape(row.retrain_gpu)}, {row.retrain_start_s:.0f}–"
-        f"{row.retrain_end_s:.0f} s</small></div>"
+        f"{100 * row.retrain_share:.0f} % of {escape(row.retrain_gpu)}, {_seconds(row.retrain_start_s)}–"
+        f"{_seconds(row.retrain_end_s)} s</small></div>"
     )
+
+
+def _seconds(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
 
 
 def _contention_text(report: Report) -> str:

@@ -118,6 +118,7 @@ def share_blocks(events: Sequence[TelemetryEvent]) -> tuple[Block, ...]:
     # Before the site's clock runs, all reports carry time 0: first models are trained then, outside of any window.
     shares = sorted((e for e in events if isinstance(e, JobShare) and e.site_s > 0.0), key=lambda e: e.site_s)
     started = {e.job_id: e.site_s for e in events if isinstance(e, WorkerChanged) and e.change == "started"}
+    resized = {(e.job_id, e.share, e.site_s) for e in events if isinstance(e, WorkerChanged) and e.change == "resized"}
     interval = _interval(shares)
     for e in shares:
         key = (e.gpu_id, e.job_id)
@@ -129,6 +130,11 @@ def share_blocks(events: Sequence[TelemetryEvent]) -> tuple[Block, ...]:
             start = started[e.job_id]
         if found and start - found[-1][1] < MISSED_REPORTS * interval:
             start = found[-1][1]
+            # One share gives way to the next when the worker was resized, not when it next reports.
+            changed = [at for job, share, at in resized if (job, share) == (e.job_id, e.share_granted)]
+            at = min((at for at in changed if start < at < e.site_s), default=start)
+            if found[-1][2] != e.share_granted and at > start:
+                found[-1], start = (found[-1][0], at, found[-1][2]), at
         if found and found[-1][1] == start and found[-1][2] == e.share_granted:
             found[-1] = (found[-1][0], e.site_s, e.share_granted)
         else:

@@ -24,7 +24,7 @@ def measure_inference(
 ) -> tuple[InferenceEstimate, ...]:
     """One row per configuration, in order; the best has relative accuracy 1.
 
-    Cost: newest measurement; one of an earlier window in proportion to what serving costs ``now``.
+    Cost: newest measurement, in proportion to what serving costs ``now``: trials have the caches to themselves.
     Accuracy: relative to the best configuration of the same measurement, averaged over
     windows with weights frames * 0.5 ** age. A configuration never measured costs ``assumed_busy_s`` per analysed
     frame and takes the accuracy of the next dearer measured one.
@@ -43,8 +43,7 @@ def measure_inference(
             weight = row.num_frames * DECAY**age
             total, weights = ratios.get(row.config, (0.0, 0.0))
             ratios[row.config] = (total + weight * _ratio(row, best), weights + weight)
-    if trial is None or not trial.inference:
-        busy = rescaled(busy, now)
+    busy = rescaled(busy, now)
     known = {config: total / weights for config, (total, weights) in ratios.items()}
     wanted = {config: known.get(config, _guess(config, known)) for config in inference}
     if min((ratios[c][1] for c in inference if c in ratios), default=0.0) < FEW_FRAMES:

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from protocol.events import StreamAccuracy
 from protocol.schema import InferenceConfig, Record
 
-# Frames that count for about half of what is known.
-_HALF_FRAMES = 60.0
+# Intervals (of about a second) after which what was measured counts half.
+_HALF_LIFE = 8.0
 # Fewer than this say nothing yet.
 _LEAST_FRAMES = 15.0
 # A worker that is swamped also reads the frames that it gives up, and one that starts reads files.
@@ -24,7 +24,7 @@ class Served(Record, frozen=True, kw_only=True):
 
 
 def served(known: Served | None, event: StreamAccuracy) -> Served | None:
-    """``known`` with one more interval: a mean over frames in which old ones count less and less.
+    """``known`` with one more interval: a mean over frames in which older ones count less.
 
     Frames that were given up were not served, and a worker that had none says nothing.
     """
@@ -33,7 +33,7 @@ def served(known: Served | None, event: StreamAccuracy) -> Served | None:
         return known
     if known is None or known.inference_id != event.inference_id:
         return Served(inference_id=event.inference_id, busy_s_per_frame=event.busy_s / frames, num_frames=float(frames))
-    kept = known.num_frames * 0.5 ** (frames / _HALF_FRAMES)
+    kept = known.num_frames * 0.5 ** (1.0 / _HALF_LIFE)
     total = kept * known.busy_s_per_frame + event.busy_s
     return Served(inference_id=event.inference_id, busy_s_per_frame=total / (kept + frames), num_frames=kept + frames)
 

@@ -264,6 +264,27 @@ def test_a_job_that_stops_reporting_leaves_a_hole_and_a_finished_one_ends_on_tim
     assert [(b.from_s, b.to_s) for b in share_blocks(events)] == [(0.0, 10.0), (20.0, 31.4)]
 
 
+def test_a_share_ends_where_the_worker_was_resized_and_not_at_its_report() -> None:
+    def share(site_s: float, granted: float) -> JobShare:
+        return JobShare(
+            site_s=site_s,
+            job_id="a",
+            kind="inference",
+            stream_id="market",
+            gpu_id="g",
+            share_granted=granted,
+            share_achieved=None,
+            backend="pacing",
+        )
+
+    resized = WorkerChanged(
+        site_s=3.7, job_id="a", stream_id="market", gpu_id="g", kind="inference", change="resized", reason="", share=0.8
+    )
+    events: list[TelemetryEvent] = [*(share(float(t), 0.3) for t in range(1, 4)), resized]
+    events += [share(float(t), 0.8) for t in range(4, 7)]
+    assert [(b.from_s, b.to_s, b.share) for b in share_blocks(events)] == [(0.0, 3.7, 0.3), (3.7, 6.0, 0.8)]
+
+
 def test_reports_from_before_the_clock_runs_are_no_blocks_and_a_job_begins_when_its_worker_started() -> None:
     def share(site_s: float, job_id: str) -> JobShare:
         return JobShare(

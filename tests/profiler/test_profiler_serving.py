@@ -40,11 +40,13 @@ def after(*events: StreamAccuracy) -> Served | None:
 
 
 def test_the_latest_frames_count_and_those_that_were_given_up_do_not() -> None:
-    known = after(*[second("a", 0.01)] * 60, *[second("a", 0.03, dropped=7)] * 60)
+    known = after(*[second("a", 0.01)] * 60, *[second("a", 0.03, dropped=7)] * 40)
     assert known is not None
     assert known.busy_s_per_frame == pytest.approx(0.03, rel=0.15)
     known = after(*[second("a", 0.01)] * 60, second("b", 0.04))
-    assert known == Served(inference_id="b", busy_s_per_frame=pytest.approx(0.04), num_frames=10.0)
+    assert known is not None
+    assert (known.inference_id, known.num_frames) == ("b", 10.0)
+    assert known.busy_s_per_frame == pytest.approx(0.04)
 
 
 def test_an_interval_without_a_frame_or_without_a_measurement_says_nothing() -> None:
@@ -63,7 +65,7 @@ def test_all_configurations_move_with_the_one_that_serves_within_limits() -> Non
     assert list(most.values()) == pytest.approx([4.0 * value for value in busy.values()])
 
 
-def test_a_window_without_measurements_of_its_own_is_planned_on_what_serving_costs(tmp_path: Path) -> None:
+def test_windows_are_planned_on_what_serving_costs(tmp_path: Path) -> None:
     site, world = profiler(tmp_path / "h.sqlite"), World(1)
     first = site.estimate(SPEC, world.trial(0, (RETRAIN[4],)), world.dataset(0))
     serving = first.inference[0]
@@ -77,4 +79,4 @@ def test_a_window_without_measurements_of_its_own_is_planned_on_what_serving_cos
         assert now.gpu_share_needed == pytest.approx(2.0 * safety * before.gpu_share_needed)
     assert 1.0 <= safety <= 1.5, "the head-room comes on top"
     seen = site.estimate(SPEC, world.trial(2, (RETRAIN[4],)), world.dataset(2))
-    assert seen.inference[0].gpu_share_needed < 1.5 * serving.gpu_share_needed, "what a trial has measured holds"
+    assert seen.inference[0].gpu_share_needed == pytest.approx(then.inference[0].gpu_share_needed, rel=0.3)
