@@ -1,7 +1,8 @@
 """Shares as they are held and changed: achieved against granted, resizing a serving stream, swapping its model.
 
 ``python benchmarks/bench_resize.py [shares|resize|swap ...] [cgroup|pacing|replacement ...]`` prints the tables;
-``pytest benchmarks/bench_resize.py`` holds their bounds with fewer repetitions. Executor, workers, sockets and share backends are the real ones, on one core.
+``pytest benchmarks/bench_resize.py`` holds their bounds with fewer repetitions. Executor, workers, sockets and share
+backends are the real ones, on one core.
 ``replacement`` is what MPS needs, where a running client cannot grow: here with paced workers whose cap is fixed.
 
 What a change adds to the interval between two results is the longest interval that touches the time after it, less the

@@ -199,10 +199,25 @@ def _ask(request: dict[str, object], console: Console, what: str) -> _Video:
         process.stdout.close()
         process.stderr.close()
     if code == 2:
-        raise InputError(last.removeprefix("label_video: ").replace("stream video: ", ""))
+        raise InputError(_in_options(last.removeprefix("label_video: ").replace("stream video: ", "")))
     if code:
         raise EkyaError(f"{what or request['video']}: ended with exit code {code}: {last or 'no reason'}")
     return msgspec.json.decode(answer, type=_Video)
+
+
+_OPTIONS = {
+    "golden.weights_file": "--golden-weights",
+    "golden.num_classes": "--golden-classes",
+    "golden.class_map": "--class-map",
+    "golden.model": "--golden",
+}
+
+
+def _in_options(text: str) -> str:
+    """A complaint about fields of a site file, about the options that they came from."""
+    for field, option in _OPTIONS.items():
+        text = text.replace(field, option)
+    return text
 
 
 def _ids_in(samples: Path, video: Path, wish: Wish) -> dict[str, str]:

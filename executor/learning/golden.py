@@ -207,7 +207,10 @@ def class_table(spec: TorchvisionGolden, classes: tuple[str, ...], kind: str) ->
             raise InputError(f"golden.class_map: {key!r} is neither a class id nor a class name of {spec.model}")
         number = int(key) if key.isdigit() else names.index(key)
         if number >= num_classes:
-            raise InputError(f"golden.class_map: {spec.model} has class ids 0 to {num_classes - 1}, not {key}")
+            raise InputError(
+                f"golden.class_map: {spec.model} with golden.num_classes = {num_classes} has class ids 0 to "
+                f"{num_classes - 1}, not {key}; map the ids of your own weights"
+            )
         table[number] = classes.index(name)
     if not bool((table >= 0).any()):
         raise InputError("golden.class_map: maps no class of the model to one of the site; at least one is needed")
@@ -247,7 +250,12 @@ def _build(spec: TorchvisionGolden, kind: str) -> nn.Module:
             model: nn.Module = torchvision.models.get_model(
                 spec.model, weights=None, num_classes=num_classes, **options
             )
-        fill(model, state, f"golden.weights_file {spec.weights_file}", f"{spec.model} with {num_classes} classes")
+        fill(
+            model,
+            state,
+            f"golden.weights_file {spec.weights_file}",
+            f"{spec.model} with golden.num_classes = {num_classes}",
+        )
         return model.eval()
     weights = check_weights(spec)
     try:

@@ -12,9 +12,13 @@ from torch import Tensor, nn
 
 from protocol.errors import InputError
 
+# Where training programs keep the state dict among other things.
+_WITHIN = ("state_dict", "model_state_dict", "model")
+
 
 def read_state(path: str, field: str) -> dict[str, Tensor]:
-    """The tensors of a .safetensors file, or of what ``torch.save`` wrote of a state dict. Raises InputError."""
+    """The tensors of a .safetensors file, or of what ``torch.save`` wrote of a state dict, also of one within a
+    training checkpoint. Raises InputError."""
     try:
         if Path(path).suffix == ".safetensors":
             return load_file(path)
@@ -22,10 +26,18 @@ def read_state(path: str, field: str) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise InputError(f"{field} {path}: cannot be read: there is no such file") from error
     except Exception as error:
+        if type(error).__name__ == "UnpicklingError":
+            # What torch advises here is to run whatever code is in the file.
+            raise InputError(
+                f"{field} {path}: cannot be read: it is damaged, or holds more than tensors (a whole model?); save its "
+                "state dict, torch.save(model.state_dict(), FILE), or a .safetensors file"
+            ) from error
         # torch.load reports a broken file as any of half a dozen unrelated exception types.
         kind = "not a safetensors file" if isinstance(error, SafetensorError) else type(error).__name__
         text = str(error).splitlines()[0] if str(error) else ""
         raise InputError(f"{field} {path}: cannot be read ({kind}: {text})") from error
+    if isinstance(state, dict):
+        state = next((inner for key in _WITHIN if isinstance(inner := state.get(key), dict)), state)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{field} {path}: holds no state dict (names to tensors)")
     return state

@@ -130,7 +130,7 @@ def test_published_class_names_may_be_used_instead_of_ids() -> None:
         ({"class_map": {"blimp": "red"}}, "'blimp' is neither"),
         ({"class_map": {"1": ""}}, "maps no class"),
         ({"weights_file": "/nowhere/w.pt"}, r"weights_file /nowhere/w\.pt: cannot be read: there is no such file"),
-        ({"num_classes": 0}, "does not fit ssdlite320_mobilenet_v3_large with 91 classes"),
+        ({"num_classes": 0}, r"does not fit ssdlite320_mobilenet_v3_large with golden\.num_classes = 91"),
         ({"model": "resnet18"}, r"no weights of resnet18.*missing"),
         ({"weights_file": "", "weights": "IMAGENET21K"}, "no weights 'IMAGENET21K'; published: COCO_V1"),
     ],
@@ -153,6 +153,18 @@ def test_a_damaged_weights_file_is_named(weights: Path, tmp_path: Path, suffix: 
     with pytest.raises(InputError, match=f"golden.weights_file .*cut{suffix}: cannot be read") as caught:
         DetectionGolden(spec(path), CLASSES, CPU)
     assert "\n" not in str(caught.value)
+
+
+def test_a_state_dict_within_a_training_checkpoint_is_found_and_a_whole_model_is_refused_in_words(
+    weights: Path, tmp_path: Path
+) -> None:
+    state = torch.load(weights.with_suffix(".pt"), weights_only=True)
+    torch.save({"epoch": 3, "model": state, "optimizer": {"lr": 0.1}}, tmp_path / "training.pth")
+    DetectionGolden(spec(tmp_path / "training.pth"), CLASSES, CPU)
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pth")
+    with pytest.raises(InputError, match=r"whole\.pth: cannot be read: .* save its state dict") as caught:
+        DetectionGolden(spec(tmp_path / "whole.pth"), CLASSES, CPU)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_published_weights_that_cannot_be_had_say_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def test_a_recording_is_labelled_by_the_golden_model_at_the_rate_asked_for(
         (["--video", "{dir}/none.mp4"], "--video {dir}/none.mp4: no such file"),
         (["--video", "{film}"], "--golden-weights FILE"),
         (["--video", "{film}", "--golden-weights", "{dir}/none.pt"], "--golden-weights {dir}/none.pt: no such file"),
-        (["--video", "{film}", "--golden-weights", "{text}"], "golden.weights_file"),
+        (["--video", "{film}", "--golden-weights", "{text}"], "--golden-weights {text}: cannot be read"),
         (["--video", "{text}", "--samples", "{list}"], "cannot be opened as video"),
         (["--video", "{film}", "--samples", "{text}"], "line 1: 1 columns"),
         (["--video", "{film}", "--samples", "{dir}/none.csv"], "--samples {dir}/none.csv: no such file"),
