@@ -104,7 +104,7 @@ class Progress(Record, frozen=True, kw_only=True, tag="progress"):
 
 
 class StreamStats(Record, frozen=True, kw_only=True, tag="stream_stats"):
-    """Counts of an inference worker since its last such message. ``busy_s``: of the whole device, for the stream."""
+    """Counts of an inference worker since its last such message."""
 
     interval_s: Seconds
     num_frames: int
@@ -119,7 +119,6 @@ class StreamStats(Record, frozen=True, kw_only=True, tag="stream_stats"):
     conditions: str = ""
     latency_ms_p99: float = 0.0
     memory_bytes: Bytes = 0
-    busy_s: Seconds = 0.0
     signals: StreamSignals | None = None
 
 

@@ -46,6 +46,5 @@ def accuracy_event(job: Job, stats: StreamStats, window: int) -> StreamAccuracy:
         inference_id=stats.inference_id,
         conditions=stats.conditions,
         memory_bytes=stats.memory_bytes,
-        busy_s=stats.busy_s,
         signals=stats.signals,
     )

@@ -69,8 +69,7 @@ class StreamServer:
         self._result_at = time.monotonic()
         self._gap_s = 0.0
         self._took_over = False
-        self._stats = _Stats(time.monotonic(), link.busy_s())
-        self._aside_s = 0.0  # busy seconds that were not for the stream's frames
+        self._stats = _Stats(time.monotonic())
         self._conditions = ""
         self._health = self._trouble = _WELL
         self._standby = standby
@@ -85,7 +84,7 @@ class StreamServer:
         while self._standby and not link.stopping:
             link.wait(stats_interval_s)  # ends early when the order comes
         link.start_afresh()
-        self._stats = _Stats(time.monotonic(), link.busy_s())
+        self._stats = _Stats(time.monotonic())
         while not link.stopping:
             taken = self._feed.take(time.monotonic())
             frame = taken.frame
@@ -165,7 +164,6 @@ class StreamServer:
         if loader is not None and loader.done:
             self._loader = None
             self._link.excuse(loader.busy_s)
-            self._aside_s += loader.busy_s
             if loader.analyser is None:
                 self._link.send(SwapRefused(version=loader.ref.version, reason=loader.error))
             else:
@@ -180,13 +178,12 @@ class StreamServer:
             self._loader = ModelLoader(self._store, wanted, self._job.stream, self._device, resolution_px)
 
     def _flush(self) -> None:
-        now, busy = time.monotonic(), self._link.busy_s()
+        now = time.monotonic()
         if self._stats.num_frames:
             config_id = self._engine.config.config_id
             memory_bytes = self._device.peak_memory_bytes()
-            busy_s = max(0.0, busy - self._stats.busy_since - self._aside_s)
-            self._link.send(self._stats.report(now, self._version, config_id, self._conditions, memory_bytes, busy_s))
-        self._stats, self._aside_s = _Stats(now, busy), 0.0
+            self._link.send(self._stats.report(now, self._version, config_id, self._conditions, memory_bytes))
+        self._stats = _Stats(now)
 
 
 def percentile(values: list[float], fraction: float) -> float:
@@ -197,8 +194,8 @@ def percentile(values: list[float], fraction: float) -> float:
 class _Stats:
     """Counts since the last report."""
 
-    def __init__(self, since: float, busy_since: float) -> None:
-        self.since, self.busy_since = since, busy_since
+    def __init__(self, since: float) -> None:
+        self.since = since
         self.num_frames = self.num_analysed = self.num_dropped = self.num_objects = self.num_scored = 0
         self.accuracy_sum = 0.0
         self.latencies_ms: list[float] = []
@@ -222,9 +219,7 @@ class _Stats:
         if outcome.found is not None:
             self.signals.add(outcome.found)
 
-    def report(
-        self, now: float, version: int, config_id: str, conditions: str, memory_bytes: int, busy_s: float
-    ) -> StreamStats:
+    def report(self, now: float, version: int, config_id: str, conditions: str, memory_bytes: int) -> StreamStats:
         return StreamStats(
             interval_s=now - self.since,
             num_frames=self.num_frames,
@@ -239,6 +234,5 @@ class _Stats:
             inference_id=config_id,
             conditions=conditions,
             memory_bytes=memory_bytes,
-            busy_s=busy_s,
             signals=self.signals.means(),
         )

@@ -21,7 +21,6 @@ from profiler.paper import estimate_as_paper
 from profiler.quality import measure_inference
 from profiler.records import ConfigEstimate, Estimate, InferenceEstimate, StreamHistory
 from profiler.retraining import estimate_retrain
-from profiler.serving import Served
 from profiler.targets import Gaps
 from protocol.plan import InferenceProfile, RetrainProfile, StreamProfile
 from protocol.schema import (
@@ -81,13 +80,11 @@ def estimate_in_detail(
     *,
     site: SiteKnowledge | None = None,
     knobs: EstimatorKnobs | None = None,
-    now_served: Served | None = None,
 ) -> Estimate:
     """Estimate what every configuration costs and is worth on ``dataset``.
 
     ``trial`` None or without some configurations: those are predicted from history or neighbours.
-    ``site``: what all streams of the site together have taught. ``now_served``: what serving costs at present.
-    A retraining configuration whose cost nothing says
+    ``site``: what all streams of the site together have taught. A retraining configuration whose cost nothing says
     anything about is left out ("no retraining" is always a choice besides), and so are all of them when ``dataset``
     holds no training samples. Raises ValueError without any inference configuration.
     """
@@ -111,7 +108,7 @@ def estimate_in_detail(
             if paper
             else estimate_retrain(trial, dataset, retrain, validated, known, learned)
         )
-    measured = measure_inference(inference, trial, known, assumed_busy_s=knobs.assumed_share / spec.fps, now=now_served)
+    measured = measure_inference(inference, trial, known, assumed_busy_s=knobs.assumed_share / spec.fps)
     retrain_memory, inference_memory = _memory(trial, known)
     profile = StreamProfile(
         stream_id=spec.stream_id,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from profiler.records import InferenceEstimate, StreamHistory
-from profiler.serving import Served, rescaled
 from protocol.schema import InferenceConfig, InferenceTrial, TrialResult
 
 # Past measurements count less with every window: the scene's speed and size of objects change slowly.
@@ -20,12 +19,10 @@ def measure_inference(
     history: StreamHistory,
     *,
     assumed_busy_s: float,
-    now: Served | None = None,
 ) -> tuple[InferenceEstimate, ...]:
     """One row per configuration, in order; the best has relative accuracy 1.
 
-    Cost: newest measurement, in proportion to what serving costs ``now``: trials have the caches to themselves.
-    Accuracy: relative to the best configuration of the same measurement, averaged over
+    Cost: newest measurement. Accuracy: relative to the best configuration of the same measurement, averaged over
     windows with weights frames * 0.5 ** age. A configuration never measured costs ``assumed_busy_s`` per analysed
     frame and takes the accuracy of the next dearer measured one.
     """
@@ -43,7 +40,6 @@ def measure_inference(
             weight = row.num_frames * DECAY**age
             total, weights = ratios.get(row.config, (0.0, 0.0))
             ratios[row.config] = (total + weight * _ratio(row, best), weights + weight)
-    busy = rescaled(busy, now)
     known = {config: total / weights for config, (total, weights) in ratios.items()}
     wanted = {config: known.get(config, _guess(config, known)) for config in inference}
     if min((ratios[c][1] for c in inference if c in ratios), default=0.0) < FEW_FRAMES:

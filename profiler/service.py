@@ -17,7 +17,6 @@ from profiler.microprofiler import EstimatorKnobs, estimate_in_detail, last_accu
 from profiler.paper import choose_all
 from profiler.records import GateRow, LiveAccuracy, Outcome, StreamHistory, TrialChoice
 from profiler.retraining import estimate_retrain
-from profiler.serving import Served, served
 from profiler.shares import ShareRun, fit_share_curve
 from profiler.trials import Budget, Prospect, TrialKnobs, choose_trials, likely_drift
 from protocol.events import StreamAccuracy
@@ -86,7 +85,6 @@ class SiteProfiler:
         self._site: SiteKnowledge | None = None
         self._live: dict[tuple[str, int], dict[tuple[int, str], tuple[float, int]]] = {}
         self._quality: dict[str, dict[str, float]] = {}
-        self._served: dict[str, Served] = {}
 
     def choose(
         self,
@@ -153,7 +151,6 @@ class SiteProfiler:
             _before(self._history.view(spec.stream_id), trial),
             site=self._site_knowledge(),
             knobs=self._estimator_knobs,
-            now_served=self._served.get(spec.stream_id),
         )
         now = self._wall_clock()
         self._history.record_trial(trial, time_s=now)
@@ -234,11 +231,7 @@ class SiteProfiler:
         )
 
     def measured(self, event: StreamAccuracy) -> None:
-        """Live accuracy is added up by model and inference configuration until the window is closed; what serving costs
-        is kept for the next estimate."""
-        cost = served(self._served.get(event.stream_id), event)
-        if cost is not None:
-            self._served[event.stream_id] = cost
+        """Live accuracy is added up by model and inference configuration until the window is closed."""
         sums = self._live.setdefault((event.stream_id, event.window), {})
         key = (event.model_version, event.inference_id)
         total, num = sums.get(key, (0.0, 0))

@@ -96,8 +96,7 @@ class PlannedStream(Record, frozen=True, kw_only=True):
 
 class StreamAccuracy(Event, frozen=True, kw_only=True, tag="stream_accuracy"):
     """Counts since the last such event of the stream (about one a second). Accuracy is num_correct / num_objects
-    averaged over frames; None when no object was seen. ``memory_bytes``: most that the worker has held so far.
-    ``busy_s``: busy seconds of the device that serving the stream took; 0 = not measured."""
+    averaged over frames; None when no object was seen. ``memory_bytes``: most that the worker has held so far."""
 
     stream_id: Name
     window: int
@@ -115,7 +114,6 @@ class StreamAccuracy(Event, frozen=True, kw_only=True, tag="stream_accuracy"):
     conditions: str = ""
     latency_ms_p99: float = 0.0
     memory_bytes: Bytes = 0
-    busy_s: Seconds = 0.0
     signals: StreamSignals | None = None
 
 

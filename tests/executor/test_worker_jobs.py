@@ -208,8 +208,7 @@ def test_a_stream_is_labelled_bootstrapped_profiled_and_served(tmp_path: Path, s
     job = msgspec.structs.replace(inference_job(tmp_path), checkpoint=result.checkpoint)
     serving = start(job)
     serving.until(Ready)
-    stats = serving.until(StreamStats, lambda stats: stats.num_dropped == 0 and stats.num_frames > 3)
-    assert 0.0 < stats.busy_s < stats.interval_s
+    serving.until(StreamStats, lambda stats: stats.num_dropped == 0 and stats.num_frames > 3)
     stats = serving.until(StreamStats, lambda stats: stats.num_scored > 3)
     assert stats.accuracy_sum / stats.num_scored > 0.6
     assert (stats.inference_id, stats.model_version, stats.conditions) == ("every", 1, "test light")
