@@ -96,6 +96,7 @@ class ReplacingBackend(PacingBackend):
 
     name = "replacement"
     can_resize_live = False
+    holds_at_once = False
 
     def paced_share(self, share: float, cap: float) -> float:
         return share

@@ -65,9 +65,11 @@ class Roster:
         policy: RestartPolicy | None = None,
         settle_s: float = 0.25,
         pause_s: float = 0.0,
+        shrinks_at_once: bool = False,
     ) -> None:
         """``settle_s``: after an order, when a report of a worker that does not name its share follows it.
-        ``pause_s``: between two hand-overs of a stream."""
+        ``pause_s``: between two hand-overs of a stream. ``shrinks_at_once``: a ready worker has no more than a smaller
+        share from the order on; at a tenth of a core it may be seconds before it says so."""
         self.settled: dict[str, None] = {}
         self.events: list[TelemetryEvent] = []
         self._executor_id = executor_id
@@ -76,6 +78,7 @@ class Roster:
         self._policy = policy or RestartPolicy()
         self._settle_s = settle_s
         self._pause_s = pause_s
+        self._shrinks_at_once = shrinks_at_once
         self._workers: dict[int, Worker] = {}
         self._good: dict[str, CheckpointRef] = {}
         self._refused: dict[str, None] = {}
@@ -226,6 +229,8 @@ class Roster:
                 worker.since_s = now
                 worker.shrink_sent_s = now if order.share < worker.share_held else None
                 worker.share_held = max(worker.share_held, order.share)
+                if self._shrinks_at_once:
+                    worker.share_held, worker.shrink_sent_s = order.share, None
                 worker.job = _replaced(worker.job, share=order.share)
                 self._change(worker, "resized", "plan")
             elif isinstance(order, SetInference):

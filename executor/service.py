@@ -92,7 +92,12 @@ class Service:
         self._outbox = Outbox()
         self._fence = Fence(self.executor_id)
         self._roster = Roster(
-            self.executor_id, self._gpu.gpu_id, self._outbox, config.restarts, pause_s=config.hand_overs.pause_s
+            self.executor_id,
+            self._gpu.gpu_id,
+            self._outbox,
+            config.restarts,
+            pause_s=config.hand_overs.pause_s,
+            shrinks_at_once=backend.holds_at_once,
         )
         self._forkserver = ForkServer(config.preload, config.log_level)
         self._supervisor = Supervisor(config.worker, config.limits, backend.evict, clock, self._forkserver)

@@ -30,6 +30,7 @@ class _Question(msgspec.Struct, frozen=True):
     phase: Literal["profiling", "plan", "replan"]
     reason: str
     left_s: float  # of the site's window
+    trial_room: dict[str, float]  # share that is kept free for trials, by executor
 
 
 class Asker:
@@ -57,6 +58,11 @@ class Asker:
         """A question is open or about to be asked."""
         return self._question is not None or self._wanted is not None
 
+    def room_for_trials(self, executor_id: str) -> float:
+        """What the plan in force, and the one that is being made, keep free for labels and trials."""
+        room = self._state.trial_room.get(executor_id, 0.0)
+        return room if self._question is None else min(room, self._question.trial_room.get(executor_id, 0.0))
+
     def forget(self) -> None:
         """Whatever was asked or wanted does not matter any more."""
         self._question, self._wanted = None, None
@@ -82,7 +88,6 @@ class Asker:
             self._executors,
             now=now,
             left_s=max(left, 0.1),
-            reserved_share=state.profiling_share if state.phase == "profiling" else 0.0,
             with_retraining=not serving_only,
             links=self._links,
         )
@@ -95,7 +100,8 @@ class Asker:
         phase: Literal["profiling", "plan", "replan"] = (
             "profiling" if serving_only else "plan" if state.phase == "planning" else "replan"
         )
-        self._question = _Question(self._token, problem, phase, reason, max(left, 0.1))
+        room = questions.room_for_trials(state, self._executors)
+        self._question = _Question(self._token, problem, phase, reason, max(left, 0.1), room)
         self._emit.add(Solve(token=self._token, problem=problem, window=state.window, phase=phase))
 
     def solved(self, event: Solved, now: float) -> None:
@@ -116,9 +122,18 @@ class Asker:
     def _do_with_less(self, question: _Question, reason: str) -> None:
         """No plan serves all that was asked for: give profiling less, and streams up only when nothing else helps."""
         state = self._state
+        trying = any(stream.awaits_trial and stream.alarm is None for stream in state.streams.values())
+        if trying and state.phase in ("planning", "executing"):
+            state.beside_share = self._halved(state.beside_share)
+            if state.beside_share <= 0.0:
+                self._emit.notice("warning", "the streams leave no room for profiling; the last estimates are used")
+                state.pipeline.clear()
+                for stream in state.streams.values():
+                    stream.stage = "done"
+            self.want("trials beside the plan have to do with less")
+            return
         if state.phase == "profiling" and state.profiling_share > 0.0:
-            quanta = int(state.profiling_share / self._site.share_quantum + 1e-6) // 2
-            state.profiling_share = quanta * self._site.share_quantum
+            state.profiling_share = self._halved(state.profiling_share)
             self.want("profiling has to do with less")
             return
         if state.phase == "executing" and any(stream.alarm is not None for stream in state.streams.values()):
@@ -158,9 +173,17 @@ class Asker:
         values = {s.stream_id: s.value for s in self._until_window_end(question, plan).streams}
         profiles = {s.stream_id: s for s in question.problem.streams}
         elapsed = max(0.0, now - state.window_opened_s)
+        learned = False
+        for stream in state.streams.values():
+            asked = profiles.get(stream.stream_id)
+            if stream.unplanned and asked and stream.profile and asked.accuracy_now == stream.profile.accuracy_now:
+                learned, stream.unplanned = True, False
         for stream in state.streams.values():
             value, profile = values.get(stream.stream_id), stream.profile
-            if value is None or profile is None or question.phase != "plan":
+            if value is None or profile is None or question.phase == "profiling":
+                continue
+            # Where streams are profiled beside plans the window is promised once the last of them is through.
+            if question.phase != "plan" and (not learned or stream.settled):
                 continue
             # Until now the window was served as the profiling plan had it.
             config = stream.serving_config.config_id if stream.serving_config else ""
@@ -168,6 +191,12 @@ class Asker:
             before = profile.accuracy_now * served_q * elapsed
             stream.predicted = (before + value * max(0.0, self._site.window_s - elapsed)) / self._site.window_s
         state.plan, state.plan_s = plan, now
+        state.trial_room = question.trial_room
         # What ended while the planner was thinking has ended for this plan too.
         state.ended = [s.stream_id for s in state.streams.values() if s.settled and s.stream_id in profiles]
         self._emit.publish(plan_solved(state, question.phase, question.reason, plan, verdict))
+
+    def _halved(self, share: float) -> float:
+        """Half of a share, in whole quanta."""
+        quanta = int(share / self._site.share_quantum + 1e-6) // 2
+        return quanta * self._site.share_quantum

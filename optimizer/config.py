@@ -47,11 +47,17 @@ class BootstrapConfig(Record, frozen=True, kw_only=True):
 
 
 class ProfilingConfig(Record, frozen=True, kw_only=True):
-    """Labelling and micro-profiling at the start of a window.
+    """Labelling and micro-profiling of a window.
 
     ``label_span``: the last part of the previous window, as a fraction of it, that is labelled.
-    ``share``: GPU share kept for it on every GPU while it lasts. ``limit``: it is cut off after this
-    fraction of the window. ``data_share``: part of the labelled data a trial trains on. ``budget_gpu_s``: busy
+    ``when``: "beside" = trials are jobs of the plan. Labels are made from the part ``ahead`` before the window's start
+    on, in what plans leave over; what is missing then comes first, for the part ``head_start`` of the window at most,
+    at ``share`` of every GPU. Then the window is planned, and what is still to be labelled, tried or measured goes on
+    beside serving and retraining at ``beside_share`` (``share`` as long as no stream is through); whoever is through
+    has the rest of the window planned anew.
+    "before" = everything is done at ``share`` before the window is planned, and cut off after the part ``limit`` of it.
+    Beside a plan ``limit`` is the longest that one job may take. The paper's method always goes before.
+    ``data_share``: part of the labelled data a trial trains on. ``budget_gpu_s``: busy
     seconds of a window for the trials of all streams. ``method``: "paper" = the micro-profiler of the paper as it
     stands there (everything is tried for 5 epochs on 10 % of the data, no history, no budget), to compare with.
     """
@@ -63,6 +69,15 @@ class ProfilingConfig(Record, frozen=True, kw_only=True):
     num_epochs: PositiveInt = 3
     budget_gpu_s: PositiveSeconds = 2.0
     method: Literal["calibrated", "paper"] = "calibrated"
+    when: Literal["beside", "before"] = "beside"
+    ahead: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.1
+    head_start: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.1
+    beside_share: Share = 0.2
+
+    @property
+    def beside(self) -> bool:
+        """Whether trials run beside the window's plan."""
+        return self.when == "beside" and self.method != "paper"
 
 
 class GateConfig(Record, frozen=True, kw_only=True):
@@ -274,8 +289,9 @@ def _check(site: SiteConfig, origin: str) -> None:
         check_quantum(site.share_quantum, f"{origin}: share_quantum")
     except InputError as error:
         raise ConfigError(str(error)) from None
-    if site.profiling.share >= 1.0:
-        raise ConfigError(f"{origin}: profiling.share must be below 1, or nothing is left for serving")
+    for key, share in (("share", site.profiling.share), ("beside_share", site.profiling.beside_share)):
+        if share >= 1.0:
+            raise ConfigError(f"{origin}: profiling.{key} must be below 1, or nothing is left for serving")
     if site.silence_s < 2 * site.heartbeat_s:
         raise ConfigError(f"{origin}: silence_s must be at least twice heartbeat_s")
 

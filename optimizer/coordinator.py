@@ -26,8 +26,8 @@ from optimizer.degrading import notice_conditions
 from optimizer.dispatching import Dispatcher
 from optimizer.drifts import Drifts
 from optimizer.emitter import Emitter
-from optimizer.following import serving_job_id
-from optimizer.pipeline import Pipeline
+from optimizer.following import serving_job_id, used_shares
+from optimizer.pipeline import FIRST, LEAST_SHARE, MEASURING, TRIALS, Pipeline
 from optimizer.ports import (
     CloudDone,
     ExecutorGone,
@@ -138,6 +138,7 @@ class Coordinator:
                 self._clouds.follow()
                 self._clouds.dispatch()
                 self._drifts.assign(self._pipeline, self.executors, now)
+                self._assign_trials(now)
                 self._watcher.assign(now)
                 self._dispatcher.dispatch(now)
         return self._emit.take()
@@ -231,6 +232,7 @@ class Coordinator:
         """The jobs of an executor died with it; its streams are to be served elsewhere."""
         self._dispatcher.forget(executor_id)
         self.state.pipeline.pop(executor_id, None)
+        self.state.pipeline_since.pop(executor_id, None)
         self._watcher.forget(executor_id)
         for stream in self.state.streams.values():
             if stream.serving_executor == executor_id:
@@ -283,6 +285,8 @@ class Coordinator:
                 self._emit.add(*self._pipeline.labelled(job_id, labels))
             case m.TrialsDone(job_id=job_id, result=trials):
                 self._emit.add(*self._pipeline.tried(job_id, trials))
+                if self.state.phase in ("planning", "executing") and trials.window == self.state.window:
+                    self._asker.want(f"{trials.stream_id} was profiled")
             case m.RetrainDone():
                 self._retrained(message, now)
             case m.CanaryDone(job_id=job_id, result=comparison):
@@ -347,8 +351,11 @@ class Coordinator:
             self._asker.want(f"retraining of {message.stream_id} failed")
         elif self._watcher.failed(message.job_id, now):
             pass
-        elif self._pipeline.failed(message.job_id) and stream.checkpoint is None:
-            self._no_first_model(stream, f"stream {message.stream_id} cannot be started: {message.reason}")
+        elif self._pipeline.failed(message.job_id):
+            if stream.checkpoint is None:
+                self._no_first_model(stream, f"stream {message.stream_id} cannot be started: {message.reason}")
+            elif self.state.phase in ("planning", "executing"):
+                self._asker.want(f"{message.stream_id} goes without its {message.kind} job")
 
     def _no_first_model(self, stream: StreamState, reason: str) -> None:
         """A live stream that cannot be had now is tried again in every window, and holds up no other one."""
@@ -408,15 +415,16 @@ class Coordinator:
         first = window == 0
         opening = {stream_id for stream_id, spec in self._specs.items() if opens(spec, window)}
         state.window, state.window_opened_s = window, opened_s
-        state.plan, state.ended, state.pipeline = None, [], {}
+        state.plan, state.ended = None, []
+        state.pipeline = {name: job for name, job in state.pipeline.items() if job.window == window and not first}
         state.profiling_share, state.shed = self.site.profiling.share, []
+        state.beside_share = self.site.profiling.beside_share
         state.watch_share = self.site.gate.share
-        # The first window is planned on what the bootstrap has just measured.
-        state.phase = "planning" if first or not opening else "profiling"
-        state.room_made = state.phase == "planning"
         for stream in state.streams.values():
-            stream.stage = "done" if first or stream.stream_id not in opening else "label"
-            stream.swapped = False
+            if stream.ahead != window or first:
+                stream.stage = "done" if first or stream.stream_id not in opening else "label"
+                stream.tried = stream.trials = None
+            stream.swapped = stream.unplanned = False
             if stream.stream_id in opening:
                 stream.running, stream.sent, stream.settled = None, None, False
             if stream.running is None and stream.sent is None:
@@ -426,6 +434,10 @@ class Coordinator:
             stream.shortfall = self._closer.shortfall(stream, window - 1)
             stream.predicted, stream.alarm = None, None
             stream.penalties = {name: last for name, last in stream.penalties.items() if last >= window}
+        # The first window is planned on what the bootstrap has just measured, any other at once where labels are there.
+        known = self._pipeline.finished(FIRST) and self.site.profiling.beside
+        state.phase = "planning" if first or not opening or known else "profiling"
+        state.room_made = state.phase == "planning"
         for executor in self.executors.values():
             self._learn_shares(executor)
         self._emit.publish(
@@ -455,19 +467,48 @@ class Coordinator:
         self._open_window(state.window + 1, end if now - end < self.site.window_s else now)
 
     def _profile(self, now: float) -> None:
-        """Run the pipeline in the room made for it; plan when it is through."""
+        """Run the pipeline in the room made for it; plan when it is through, or has had its head start."""
+        profiling, beside = self.site.profiling, self.site.profiling.beside
+        stages = FIRST if beside else None
         if self.state.profiling_share > 0.0:
-            self._pipeline.assign(self.executors, now, share=self.state.profiling_share)
+            self._pipeline.assign(self.executors, now, share=self.state.profiling_share, stages=stages)
         else:
             self._emit.notice("warning", "the streams leave no room for profiling; the last estimates are used")
             self._pipeline.cut_off()
-        over = now - self.state.window_opened_s > self.site.profiling.limit * self.site.window_s
-        if over and not self._pipeline.finished():
-            self._emit.notice("warning", f"profiling was cut off after {self.site.profiling.limit:.0%} of the window")
+        part = profiling.head_start if beside else profiling.limit
+        over = now - self.state.window_opened_s > part * self.site.window_s
+        if over and not beside and not self._pipeline.finished():
+            self._emit.notice("warning", f"profiling was cut off after {part:.0%} of the window")
             self._pipeline.cut_off()
-        if self._pipeline.finished():
+        if (over and beside) or self._pipeline.finished(stages):
             self.state.phase = "planning"
-            self._asker.want("profiled")
+            self._asker.want("profiled" if self._pipeline.finished() else "the window is planned, trials go on beside")
+
+    def _assign_trials(self, now: float) -> None:
+        """Beside a plan: labels and trials in the share that it keeps free, those of the next window in the rest."""
+        state, profiling = self.state, self.site.profiling
+        if state.phase not in WINDOW_PHASES:
+            return
+        self._pipeline.fit(used_shares(state, self.executors))
+        if state.phase == "profiling" or state.plan is None or not profiling.beside:
+            return
+        told = self._pipeline.drop_overdue(now)
+        if told:
+            self._emit.add(*told)
+            self._asker.want("profiling was cut off")
+        following, left_s = state.window + 1, self.window_end_s() - now
+        last = self._num_windows is not None and following >= self._num_windows
+        if state.phase == "executing" and left_s <= profiling.ahead * self.site.window_s and not last:
+            opening = [name for name, spec in self._specs.items() if opens(spec, following)]
+            self._pipeline.label_ahead(following, opening)
+        used = used_shares(state, self.executors)
+        ahead = any(stream.ahead > state.window for stream in state.streams.values())
+        for executor_id, executor in sorted(self.executors.items()):
+            left = 1.0 - used[executor_id]
+            room = left if ahead else min(left, self._asker.room_for_trials(executor_id))
+            for share, stages in ((min(room, profiling.share), FIRST if ahead else TRIALS), (left, MEASURING)):
+                if share >= LEAST_SHARE:
+                    self._pipeline.assign({executor_id: executor}, now, min(share, profiling.share), stages)
 
     def _finish(self, exit_code: int, reason: str) -> None:
         for executor_id in self.executors:

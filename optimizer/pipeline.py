@@ -1,18 +1,22 @@
 """Labelling, bootstrap and micro-profiling as a queue of jobs, one at a time per executor. Pure.
 
-Stages of a stream: label -> [train, only for the first model] -> trial -> done.
+Stages of a stream before a plan: label -> [train, only for the first model] -> trial -> done. Beside a plan the serving
+model is first looked at on the new labels, with which history says what every configuration is worth; what is then
+still worth trying is tried, and how good inference configurations are is measured last, when nothing waits for it:
+
+    label -> check -> [trial] -> [measure] -> done
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import msgspec
 
 from optimizer.config import SiteConfig
-from optimizer.ports import Output, ProfilerPort, Publish
-from optimizer.state import ExecutorState, PipelineJob, SiteState, StreamState
-from protocol.events import LabelsCollected, ProfileEstimated
+from optimizer.ports import Output, ProfilerPort, Publish, TrialWish
+from optimizer.state import ExecutorState, PipelineJob, SiteState, Stage, StreamState, Trials
+from protocol.events import LabelsCollected, Notice, ProfileEstimated
 from protocol.messages import LabelJob, RetrainJob, TrialJob
 from protocol.schema import LabelResult, LiveSource, RetrainConfig, RetrainResult, StreamSpec, TrialResult
 
@@ -21,6 +25,16 @@ from protocol.schema import LabelResult, LiveSource, RetrainConfig, RetrainResul
 _LEAST_EXAMPLES = {"classification": 8, "detection": 4}
 
 BOOTSTRAP_ID = "bootstrap"
+
+# A job with less of a GPU than this is not worth its worker.
+LEAST_SHARE = 0.05
+
+# What has to be known before a stream's retraining can be planned at all.
+FIRST: tuple[Stage, ...] = ("label", "train", "check")
+# What a retraining waits for, and what nothing waits for.
+TRIALS: tuple[Stage, ...] = (*FIRST, "trial")
+MEASURING: tuple[Stage, ...] = ("measure",)
+_ORDER: tuple[Stage, ...] = ("check", "train", "trial", "label", "measure")
 
 
 class Pipeline:
@@ -34,22 +48,62 @@ class Pipeline:
         self._state = state
         self._specs = specs
 
-    def assign(self, executors: Mapping[str, ExecutorState], now: float, share: float) -> None:
-        """Give every idle executor the next job, a stream's own executor first."""
+    def assign(
+        self,
+        executors: Mapping[str, ExecutorState],
+        now: float,
+        share: float,
+        stages: Collection[Stage] | None = None,
+    ) -> None:
+        """Give every idle executor the next job, a stream's own executor first. ``stages``: only what is in these."""
         state = self._state
         for stream in state.streams.values():
-            if stream.degraded and stream.checkpoint and stream.stage in ("label", "trial"):
-                stream.stage = "done"  # nothing new was seen of it; it keeps its last estimates
+            if stream.degraded and stream.checkpoint and stream.stage != "done":
+                self._end(stream)  # nothing new was seen of it; it keeps its last estimates
         for executor_id in sorted(executors):
             if executor_id in state.pipeline:
                 continue
             taken = {job.stream.stream_id for job in state.pipeline.values()}
-            waiting = [s for s in state.streams.values() if s.stage != "done" and s.stream_id not in taken]
+            waiting = [
+                s
+                for s in state.streams.values()
+                if s.stage != "done" and s.stream_id not in taken and (stages is None or s.stage in stages)
+            ]
             # What was begun is finished first; then those that fell behind what was predicted, as they have drifted,
             # should the time for profiling not reach for all. A stream is profiled where it is served if possible.
-            waiting.sort(key=lambda s: (s.stage == "label", -round(s.shortfall, 2), s.serving_executor != executor_id))
+            waiting.sort(
+                key=lambda s: (
+                    _ORDER.index(s.stage),
+                    -round(s.shortfall, 2),
+                    s.serving_executor != executor_id,
+                )
+            )
             if waiting:
                 state.pipeline[executor_id] = self._job(waiting[0], now, share)
+                state.pipeline_since[executor_id] = now
+
+    def label_ahead(self, window: int, opening: Collection[str]) -> None:
+        """Begin with the labels of a window that is about to open, of streams that nothing is being tried with."""
+        for stream in self._state.streams.values():
+            idle = stream.stage == "done" and stream.alarm is None and stream.checkpoint is not None
+            if idle and stream.stream_id in opening and stream.ahead != window and not stream.degraded:
+                stream.stage, stream.ahead, stream.tried, stream.trials = "label", window, None, None
+
+    def fit(self, used: Mapping[str, float]) -> None:
+        """Shrink jobs to what is left beside everything else, and drop those that nothing is left for.
+
+        ``used``: share promised on every executor, these jobs included. Dropped labels and trials begin anew later.
+        """
+        state = self._state
+        for executor_id, job in list(state.pipeline.items()):
+            room = 1.0 - (used.get(executor_id, 1.0) - job.share)
+            if room < LEAST_SHARE:
+                del state.pipeline[executor_id]
+                stream = state.streams[job.stream.stream_id]
+                if stream.stage == "measure":
+                    self._end(stream)  # what was measured last stands
+            elif room < job.share - 1e-9:
+                state.pipeline[executor_id] = msgspec.structs.replace(job, share=room)
 
     def labelled(self, job_id: str, result: LabelResult) -> list[Output]:
         """The data set of a stream's window is there."""
@@ -59,10 +113,13 @@ class Pipeline:
         dataset = result.dataset
         stream.dataset = dataset
         enough = min(dataset.num_train, dataset.num_validation) >= _LEAST_EXAMPLES[self._specs[stream.stream_id].task]
+        stream.tried = stream.trials = None
         if stream.checkpoint is None:
             stream.stage = "train"
+        elif enough:
+            stream.stage = "check" if self._beside else "trial"
         else:
-            stream.stage = "trial" if enough else "done"
+            self._end(stream)
         return [
             Publish(
                 event=LabelsCollected(
@@ -82,9 +139,19 @@ class Pipeline:
         stream = self._take(job_id)
         if stream is None or stream.dataset is None:
             return []
-        stream.stage = "done"
-        profile = self._profiler.estimate(self._specs[stream.stream_id], result, stream.dataset)
-        stream.profile = profile
+        spec, stage = self._specs[stream.stream_id], stream.stage
+        # In several jobs beside a plan, as one: what the profiler learns from is a window's trials together.
+        stream.tried = result = _together(stream.tried, result)
+        profile = self._profiler.estimate(spec, result, stream.dataset)
+        self._end(stream)
+        if stage == "check":
+            self._choose(stream, result)
+        elif stage == "trial" and stream.trials is not None and stream.trials.inference:
+            stream.stage = "measure"
+        if stage == "measure" and stream.profile is not None:
+            # Its retraining may be running: what that was planned from, and its epochs have corrected, stays.
+            profile = msgspec.structs.replace(stream.profile, inference=profile.inference)
+        stream.profile, stream.unplanned = profile, stage != "measure"
         return [
             Publish(
                 event=ProfileEstimated(
@@ -107,7 +174,7 @@ class Pipeline:
         if stream is None or result.checkpoint is None:
             return False
         stream.checkpoint = result.checkpoint
-        stream.stage = "trial"
+        stream.stage, stream.tried = "trial", None
         return True
 
     def failed(self, job_id: str) -> bool:
@@ -115,31 +182,78 @@ class Pipeline:
         stream = self._take(job_id)
         if stream is None:
             return False
-        stream.stage = "done"
+        self._end(stream)
         return True
 
     def cut_off(self) -> None:
         """Drop what is still to be done in this window; the streams keep their last estimates."""
         self._state.pipeline.clear()
         for stream in self._state.streams.values():
-            stream.stage = "done"
+            self._end(stream)
 
-    def finished(self) -> bool:
-        """Nothing runs and nothing waits."""
+    def drop_overdue(self, now: float) -> list[Output]:
+        """Beside a plan: drop jobs that have run for longer than one may, so that nothing waits for one that hangs."""
+        longest_s = self._site.profiling.limit * self._site.window_s
+        told: list[Output] = []
+        for executor_id, job in list(self._state.pipeline.items()):
+            if now - self._state.pipeline_since.get(executor_id, now) <= longest_s:
+                continue
+            self.failed(job.job_id)
+            kind = job.__struct_config__.tag
+            text = f"{kind} job of {job.stream.stream_id} was cut off after {longest_s:g} s on {executor_id}"
+            told.append(Publish(event=Notice(level="warning", text=text)))
+        return told
+
+    def finished(self, stages: Collection[Stage] | None = None) -> bool:
+        """Nothing runs and nothing waits (``stages``: that is in one of these)."""
+        if stages is not None:
+            return not any(s.stage in stages for s in self._state.streams.values())
         return not self._state.pipeline and all(s.stage == "done" for s in self._state.streams.values())
+
+    @property
+    def _beside(self) -> bool:
+        """The first window is planned on what the bootstrap measures, all of it."""
+        return self._site.profiling.beside and self._state.origin_s is not None
+
+    def _choose(self, stream: StreamState, result: TrialResult) -> None:
+        """The model was looked at: which trials are worth that its retraining waits for them?"""
+        assert stream.dataset is not None
+        wish = self._profiler.choose(
+            self._specs[stream.stream_id],
+            result.window,
+            stream.dataset,
+            drift=stream.drift,
+            wait_share=self._site.profiling.beside_share,
+        )
+        if not wish.retrain and not wish.inference:
+            return
+        stream.trials = Trials(
+            retrain=wish.retrain,
+            inference=wish.inference,
+            data_share=wish.data_share,
+            num_epochs=wish.num_epochs,
+            num_frames=wish.num_frames,
+        )
+        stream.stage = "trial" if wish.retrain else "measure"
+
+    @staticmethod
+    def _end(stream: StreamState) -> None:
+        stream.stage = "done"
 
     def _take(self, job_id: str) -> StreamState | None:
         for executor_id, job in list(self._state.pipeline.items()):
             if job.job_id == job_id:
                 del self._state.pipeline[executor_id]
+                self._state.pipeline_since.pop(executor_id, None)
                 return self._state.streams.get(job.stream.stream_id)
         return None
 
     def _job(self, stream: StreamState, now: float, share: float) -> PipelineJob:
         spec, state, site = self._specs[stream.stream_id], self._state, self._site
-        window = max(state.window, 0)
-        first = state.origin_s is None
-        position = spec.start_s + (0.0 if state.origin_s is None else state.window_opened_s - state.origin_s)
+        window = max(state.window, stream.ahead, 0)
+        first, ahead = state.origin_s is None, stream.ahead > state.window
+        since_s = now if ahead else state.window_opened_s
+        position = spec.start_s + (0.0 if state.origin_s is None else since_s - state.origin_s)
         urgent = stream.alarm is not None and state.phase == "executing"
         name = f"{stream.stream_id}/{BOOTSTRAP_ID if first else f'w{window}'}{'/drift' if urgent else ''}"
         if stream.stage == "label":
@@ -183,9 +297,9 @@ class Pipeline:
                 next_version=version,
             )
         assert stream.checkpoint is not None
-        wish = self._profiler.choose(spec, window, stream.dataset, drift=stream.drift)
+        wish = self._wish(stream, window)
         return TrialJob(
-            job_id=f"trial/{name}",
+            job_id=f"{stream.stage}/{name}",
             stream=spec,
             share=share,
             window=window,
@@ -199,3 +313,31 @@ class Pipeline:
             clip_end_s=spec.start_s + now - (state.origin_s or 0.0) if urgent else position,
             unseen=not first,
         )
+
+    def _wish(self, stream: StreamState, window: int) -> TrialWish:
+        """What the trial job of the stream's stage is to try."""
+        if stream.stage == "check":
+            return _LOOK
+        if stream.trials is not None and stream.stage == "trial":
+            return msgspec.structs.replace(stream.trials, inference=())
+        if stream.trials is not None and stream.stage == "measure":
+            return msgspec.structs.replace(stream.trials, retrain=())
+        assert stream.dataset is not None
+        return self._profiler.choose(self._specs[stream.stream_id], window, stream.dataset, drift=stream.drift)
+
+
+_LOOK = Trials(retrain=(), inference=(), data_share=0.0, num_epochs=1, num_frames=0)
+
+
+def _together(before: TrialResult | None, result: TrialResult) -> TrialResult:
+    """Both results of a window as one; what was measured twice counts as it was measured last."""
+    if before is None or before.window != result.window:
+        return result
+    tried = {row.config for row in result.retrain}
+    measured = {row.config for row in result.inference}
+    return msgspec.structs.replace(
+        result,
+        retrain=(*(row for row in before.retrain if row.config not in tried), *result.retrain),
+        inference=(*(row for row in before.inference if row.config not in measured), *result.inference),
+        seconds=before.seconds + result.seconds,
+    )

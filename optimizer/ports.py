@@ -175,9 +175,12 @@ class ProfilerPort(Protocol):
         *,
         drift: float | None = None,
         price: float | None = None,
+        wait_share: float | None = None,
     ) -> TrialWish:
         """Which trials to run for a stream in this window.
 
+        ``wait_share``: the share that they run at while the stream's retraining waits for them, beside a plan; None =
+        nothing waits.
         ``drift``: how much the stream has changed since its last window, 0 (not) to 1, None = not known. ``price``:
         accuracy-seconds of the site that a GPU-second is worth elsewhere (dual of the last plan), None = not known.
         """

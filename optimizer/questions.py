@@ -79,15 +79,14 @@ def make_problem(
     *,
     now: float,
     left_s: float,
-    reserved_share: float,
     with_retraining: bool,
     links: tuple[LinkSpec, ...] = (),
 ) -> Problem | None:
     """What is to be planned now, None when no executor or no profiled stream is there.
 
-    ``reserved_share`` is kept free on every GPU, and the site's ``watch_share`` besides where a new model is compared
-    with the old one; ``links``: to a cloud that somebody talks to; ``left_s`` is what is left of the site's window,
-    seconds. The plan looks ahead to the end of the longest own window of a stream (``windows.py``).
+    Kept free on a GPU are ``room_for_trials``, and the site's ``watch_share`` where a new model is compared with the
+    old one; ``links``: to a cloud that somebody talks to; ``left_s`` is what is left of the site's window, seconds.
+    The plan looks ahead to the end of the longest own window of a stream (``windows.py``).
     """
     specs = {spec.stream_id: spec for spec in site.streams}
     lefts = {sid: own_left_s(spec, state.window, left_s, site.window_s) for sid, spec in specs.items()}
@@ -111,16 +110,14 @@ def make_problem(
     horizon_s = max(lefts[stream.stream_id] for stream in streams)
     streams = tuple(msgspec.structs.replace(s, window_s=None) if s.window_s == horizon_s else s for s in streams)
     watching = {s.serving_executor for s in state.streams.values() if s.canary}
-    urgent = {s.serving_executor for s in state.streams.values() if s.alarm is not None and state.phase == "executing"}
+    room = room_for_trials(state, executors)
     gpus = tuple(
         msgspec.structs.replace(
             executor.gpu,
             gpu_id=executor_id,
             reserved_share=min(
                 1.0,
-                reserved_share
-                + (state.watch_share if executor_id in watching else 0.0)
-                + (state.profiling_share if executor_id in urgent else 0.0),
+                room.get(executor_id, 0.0) + (state.watch_share if executor_id in watching else 0.0),
             ),
         )
         for executor_id, executor in sorted(executors.items())
@@ -175,7 +172,7 @@ def _stream(
     choices: tuple[RetrainProfile, ...] = ()
     if not stream.settled:
         running = stream.running
-        if running is None and with_retraining and not stream.degraded and not (stream.sent and stream.sent.begun):
+        if running is None and _may_begin(stream, with_retraining) and not (stream.sent and stream.sent.begun):
             choices = tuple(p for p in stream.profile.retrain if stream.penalties.get(p.retrain_id, -1) < window)
         elif running is not None and running.executor_id in executors:
             known = next((p for p in stream.profile.retrain if p.retrain_id == running.retrain_id), None)
@@ -201,6 +198,34 @@ def _stream(
     )
 
 
+def _may_begin(stream: StreamState, with_retraining: bool) -> bool:
+    """Whether a retraining may be planned: not before its labels, and the trials that its choice waits for, are there.
+
+    ``alarm``: a stream that has drifted waits for what is learned after it, whose end sets it free.
+    """
+    return with_retraining and not stream.degraded and not stream.awaits_trial
+
+
+def room_for_trials(state: SiteState, executors: Mapping[str, ExecutorState]) -> dict[str, float]:
+    """Share that plans keep free on executors for labelling and trials; measuring takes what they leave over.
+
+    Everywhere as long as the window is not planned; beside a plan where such jobs run, or streams are served that wait
+    for them. What follows a sudden drift has a share like that at the window's start.
+    """
+    if state.phase == "profiling":
+        return dict.fromkeys(executors, state.profiling_share)
+    if state.phase not in ("planning", "executing"):
+        return {}
+    waiting = {s.stream_id: s for s in state.streams.values() if s.awaits_trial}
+    homes = {s.serving_executor for s in waiting.values() if s.alarm is None}
+    homes |= {executor_id for executor_id, job in state.pipeline.items() if job.stream.stream_id in waiting}
+    urgent = {s.serving_executor for s in state.streams.values() if s.alarm is not None and state.phase == "executing"}
+    # As long as nothing can be retrained yet, trials are what everything waits for.
+    idle = all(s.awaits_trial or s.settled or s.degraded for s in state.streams.values())
+    share = max(state.beside_share, state.profiling_share) if idle else state.beside_share
+    return {e: state.profiling_share if e in urgent else share for e in executors if e in homes | urgent}
+
+
 def _cloud(stream: StreamState, with_retraining: bool, window: int) -> tuple[CloudProfile, ...]:
     """What the cloud could do for a stream; once its turn on a link has come, only to go on."""
     if stream.settled or stream.running is not None or stream.profile is None:
@@ -208,7 +233,7 @@ def _cloud(stream: StreamState, with_retraining: bool, window: int) -> tuple[Clo
     if stream.sent is not None and stream.sent.begun:
         sent = stream.sent
         return tuple(what_is_left(p, sent) for p in stream.profile.cloud if p.retrain_id == sent.retrain_id)
-    if not with_retraining or stream.degraded:
+    if not _may_begin(stream, with_retraining):
         return ()
     return tuple(p for p in stream.profile.cloud if stream.penalties.get(p.retrain_id, -1) < window)
 

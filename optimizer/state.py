@@ -19,10 +19,11 @@ from protocol.schema import (
     InferenceConfig,
     PairedCounts,
     RetrainConfig,
+    TrialResult,
 )
 
 Phase = Literal["gathering", "bootstrap", "starting", "profiling", "planning", "executing", "finished"]
-Stage = Literal["label", "train", "trial", "done"]
+Stage = Literal["label", "train", "check", "trial", "measure", "done"]
 PipelineJob = LabelJob | TrialJob | RetrainJob
 
 
@@ -119,6 +120,16 @@ class DriftAlarm(msgspec.Struct, frozen=True, kw_only=True):
     stage: Literal["waiting", "profiling"] = "waiting"
 
 
+class Trials(msgspec.Struct, frozen=True, kw_only=True):
+    """Trials that were found worth their time beside a plan (see TrialJob for the fields)."""
+
+    retrain: tuple[RetrainConfig, ...]
+    inference: tuple[InferenceConfig, ...]
+    data_share: float
+    num_epochs: int
+    num_frames: int
+
+
 class Leaving(msgspec.Struct, frozen=True, kw_only=True):
     """Where a stream was served before it moved; it is served there until the new place is ready."""
 
@@ -131,6 +142,9 @@ class Leaving(msgspec.Struct, frozen=True, kw_only=True):
 class StreamState(msgspec.Struct, kw_only=True):
     """One stream. ``stage``: how far its profiling is. ``profile``: this window's estimates.
 
+    ``tried``: what this window's profiling has measured so far; ``trials``: what is still to be tried, beside the plan.
+    ``ahead``: the window that its labels were begun for before it opened. ``unplanned``: its estimates are newer than
+    the plan that its window's accuracy was predicted from.
     ``shortfall``: how much the last window fell behind what was predicted; such streams are profiled first.
     ``degraded``: it is live and gives no pictures; ``turned_s``: since when its executor says otherwise than this.
     ``sent``: its retraining in the cloud, instead of ``running``. ``settled``: its retraining of this window ended,
@@ -152,6 +166,10 @@ class StreamState(msgspec.Struct, kw_only=True):
     dataset: DatasetRef | None = None
     stage: Stage = "label"
     profile: StreamProfile | None = None
+    tried: TrialResult | None = None
+    trials: Trials | None = None
+    unplanned: bool = False
+    ahead: int = -1
     running: RunningRetrain | None = None
     sent: Transfer | None = None
     settled: bool = False
@@ -177,13 +195,20 @@ class StreamState(msgspec.Struct, kw_only=True):
     demand_of: str = ""
     demand_reports: int = 0
 
+    @property
+    def awaits_trial(self) -> bool:
+        """Its retraining is not chosen yet: labels are missing, or a trial that may change the choice."""
+        return self.stage in ("label", "train", "check", "trial")
+
 
 class SiteState(msgspec.Struct, kw_only=True):
     """The whole. Times are seconds of the site clock; ``origin_s`` is when the streams' clocks started.
 
     ``ended``: streams whose retraining ended since ``plan`` started at ``plan_s``.
-    ``pipeline``: the labelling, trial or bootstrap job that each executor runs now. ``room_made``: the
-    inference jobs have been planned so that profiling has its share, ``profiling_share``. ``watch_share`` is kept
+    ``pipeline``: the labelling, trial or bootstrap job that each executor runs now, since ``pipeline_since``.
+    ``room_made``: the inference jobs have been planned so that profiling has its share, ``profiling_share``;
+    ``beside_share``: its share beside a plan; ``trial_room``: what the plan in force keeps free for it per executor.
+    ``watch_share`` is kept
     free where new models are compared. ``shed``: streams that are not served because there is no room for them.
     ``links_s``: until when transfers to and from the cloud are accounted for.
     """
@@ -200,8 +225,11 @@ class SiteState(msgspec.Struct, kw_only=True):
     plan_s: float = 0.0
     ended: list[str] = []
     pipeline: dict[str, PipelineJob] = {}
+    pipeline_since: dict[str, float] = {}
     room_made: bool = False
     profiling_share: float = 0.0
+    beside_share: float = 0.0
+    trial_room: dict[str, float] = {}
     watch_share: float = 0.0
     links_s: float = 0.0
     shed: list[str] = []

@@ -347,6 +347,7 @@ class TraceProfiler:
         *,
         drift: float | None = None,
         price: float | None = None,
+        wait_share: float | None = None,
     ) -> _Wish:
         """Trials are not run: their outcome is in the trace."""
         return _Wish()

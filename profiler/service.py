@@ -94,6 +94,7 @@ class SiteProfiler:
         *,
         drift: float | None = None,
         price: float | None = None,
+        wait_share: float | None = None,
     ) -> TrialChoice:
         """The trials of a stream in a window, within its part of the budget."""
         if self._estimator_knobs.method == "paper":
@@ -107,7 +108,7 @@ class SiteProfiler:
             budget_gpu_s=self._budget.allowance(window, spec.stream_id),
             label_s_per_frame=dataset.label_s_per_frame,
             knobs=self._trial_knobs,
-            prospect=self._prospect(spec, dataset, history, drift, price),
+            prospect=self._prospect(spec, dataset, history, drift, price, wait_share),
         )
         self._budget.spend(window, spec.stream_id, choice.gpu_seconds or 0.0)
         self._history.record_dataset(dataset)
@@ -127,6 +128,7 @@ class SiteProfiler:
         history: StreamHistory,
         drift: float | None,
         price: float | None,
+        wait_share: float | None,
     ) -> Prospect:
         """What is expected of the window before any trial; an unknown drift is told from labels and accuracy."""
         site = self._site_knowledge()
@@ -138,6 +140,7 @@ class SiteProfiler:
             window_s=self._window_s,
             drift=likely_drift(last_mix, dataset, history) if drift is None else drift,
             price=price or 0.0,
+            wait_share=wait_share,
         )
 
     def estimate(self, spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:
@@ -266,7 +269,9 @@ class SiteProfiler:
 
 
 def _before(history: StreamHistory, trial: TrialResult) -> StreamHistory:
-    """What was known before ``trial``: a question asked again (after a restart) is no second window of experience."""
-    if history.windows and history.windows[-1].trial == trial:
+    """What was known before the window of ``trial``, whose trials may come in several pieces or again after a restart:
+    neither is a second window of experience."""
+    last = history.windows[-1] if history.windows else None
+    if last is not None and last.window == trial.window and last.trial is not None and last.realised is None:
         return StreamHistory(stream_id=history.stream_id, windows=history.windows[:-1])
     return history

@@ -6,7 +6,8 @@ Model: a retraining with cost c (GPU-seconds at share 1) took t seconds at the c
 
 1. alpha is what the device is slower or faster than assumed (contention, start-up); the cost ratio takes care of it;
 2. beta = 1 is a share that is honoured exactly (pacing); beta < 1 is the sub-linear curve of a GPU, where half of the
-   multiprocessors give more than half of the throughput;
+   multiprocessors give more than half of the throughput; beta = 0 is a model that waits for its host and needs no more
+   than the smallest share, which small students on a large GPU do;
 3. ridge regression towards alpha = 0, beta = 1: a few retrainings at one share say nothing about beta.
 
 A curve is used when it was measured at shares a factor of 1.5 apart and differs from r by more than twice its error.
@@ -23,10 +24,10 @@ from protocol.schema import Record
 
 MIN_RUNS = 4
 MIN_SPAN = math.log(1.5)
-MIN_EXPONENT = 0.3
+MIN_EXPONENT, MAX_EXPONENT = 0.0, 1.0
 # Weight of the assumption beta = 1, in squared log shares; noise of a log time is about 0.1.
 PRIOR_WEIGHT = 0.5
-SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 class ShareRun(Record, frozen=True, kw_only=True):
@@ -69,7 +70,7 @@ def fit_share_curve(runs: Sequence[ShareRun]) -> ShareCurve | None:
     residual = y - y.mean() - slope * x
     noise = math.sqrt(float(residual @ residual) / max(1, len(usable) - 2))
     error = max(noise, 0.02) / math.sqrt(float(x @ x) + PRIOR_WEIGHT)
-    exponent = min(max(1.0 + slope, MIN_EXPONENT), 1.0)
+    exponent = min(max(1.0 + slope, MIN_EXPONENT), MAX_EXPONENT)
     return ShareCurve(
         points=tuple((share, round(share**exponent, 4)) for share in SHARES),
         exponent=exponent,

@@ -81,6 +81,7 @@ class Prospect(Record, frozen=True, kw_only=True):
 
     ``expected``: estimates from history alone; ``accuracy_now``: of the serving model, as far as is known. ``drift``:
     how much the stream has changed, 0 to 1. ``price``: accuracy-seconds that a GPU-second is worth elsewhere.
+    ``wait_share``: the share at which trials run while the stream's retraining waits for them; None = nothing waits.
     """
 
     expected: tuple[ConfigEstimate, ...]
@@ -88,6 +89,15 @@ class Prospect(Record, frozen=True, kw_only=True):
     window_s: float
     drift: float = 0.0
     price: float = 0.0
+    wait_share: float | None = None
+
+    def cost(self, seconds: float) -> float:
+        """Window-averaged accuracy that a trial of so many busy seconds costs, elsewhere and by being waited for."""
+        waiting = 0.0
+        if self.wait_share is not None:
+            gain = max((row.accuracy_after - self.accuracy_now for row in self.expected), default=0.0)
+            waiting = max(0.0, gain) / self.wait_share
+        return (self.price + waiting) * seconds / self.window_s
 
 
 def likely_drift(last_mix: Sequence[int], dataset: DatasetRef, history: StreamHistory) -> float:
@@ -192,7 +202,7 @@ def _worth_trying(
         drift=prospect.drift,
         price=prospect.price,
     )
-    return [w.key for w in worths if w.gain >= knobs.min_worth + prospect.price * w.seconds / prospect.window_s]
+    return [w.key for w in worths if w.gain >= knobs.min_worth + prospect.cost(w.seconds)]
 
 
 def representatives(retrain: Sequence[RetrainConfig]) -> dict[GroupKey, RetrainConfig]:

@@ -14,14 +14,16 @@ class ShareBackend(Protocol):
     """Holds the shares of one device's workers.
 
     ``name``: as shown in telemetry. ``pace``: workers hold their share by duty cycle. ``can_resize_live``: a
-    running worker's share can grow beyond the one it was started with. ``worker_device``: the device as the
-    worker has to call it ("cuda:0" where its environment shows it one GPU only). ``waiting``: why no worker can be
-    started at the moment, empty as a rule. ``remark``: what users are to know of how shares are held, told once.
+    running worker's share can grow beyond the one it was started with. ``holds_at_once``: a smaller share binds from
+    the order on, whatever the worker is doing; else it binds when the worker has read the order. ``worker_device``: the
+    device as the worker has to call it ("cuda:0" where its environment shows it one GPU only). ``waiting``: why no
+    worker can be started at the moment, empty as a rule. ``remark``: what users are told once of how shares are held.
     """
 
     name: str
     pace: bool
     can_resize_live: bool
+    holds_at_once: bool
     worker_device: str
     waiting: str
     remark: str
@@ -80,6 +82,7 @@ class PacingBackend:
     name = "pacing"
     pace = True
     can_resize_live = True
+    holds_at_once = False
     waiting = ""
 
     def __init__(self, device: Device, reason: str = "") -> None:

@@ -195,6 +195,7 @@ class CgroupBackend:
     name = "cgroup"
     pace = False
     can_resize_live = True
+    holds_at_once = True
     waiting = ""
     remark = ""
 

@@ -40,6 +40,7 @@ class MpsBackend:
     name = "mps"
     pace = True
     can_resize_live = False
+    holds_at_once = False
     remark = ""
     worker_device = "cuda:0"  # the daemon shows its clients one GPU
 

@@ -77,6 +77,8 @@ class TestProfiler:
     __test__ = False
 
     def __init__(self) -> None:
+        self.wish = Wish()
+        self.waits: list[float | None] = []
         self.outcomes: list[tuple[str, bool]] = []
         self.runs: list[RetrainRun | None] = []
         self.gates: list[GateEvidence] = []
@@ -92,8 +94,10 @@ class TestProfiler:
         *,
         drift: float | None = None,
         price: float | None = None,
+        wait_share: float | None = None,
     ) -> Wish:
-        return Wish()
+        self.waits.append(wait_share)
+        return self.wish
 
     def estimate(self, spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:
         return StreamProfile(
@@ -174,13 +178,14 @@ class TestWorld:
     def trial(self, job: m.TrialJob) -> tuple[float, TrialResult]:
         self.started.append(job.job_id)
         now = self._model(job.checkpoint, job.window)
-        return 2.0, TrialResult(
+        seconds = 0.3 + 1.0 * bool(job.retrain) + 0.7 * bool(job.inference)
+        return seconds, TrialResult(
             stream_id=job.stream.stream_id,
             window=job.window,
             accuracy_now=now,
             retrain=(),
             inference=(),
-            seconds=2.0,
+            seconds=seconds,
         )
 
     def retrain(self, job: m.RetrainJob) -> tuple[float, RetrainResult]:

@@ -172,7 +172,6 @@ def test_an_estimated_latency_is_that_at_the_share_which_would_be_granted() -> N
         run.coordinator.executors,
         now=run.now,
         left_s=50.0,
-        reserved_share=0.0,
         with_retraining=True,
     )
     assert problem is not None

@@ -195,6 +195,22 @@ def test_the_share_curve_is_found_from_a_dozen_retrainings(exponent: float) -> N
     assert all(a < b for (_, a), (_, b) in zip(curve.points, curve.points[1:], strict=False))
 
 
+def test_a_student_that_waits_for_its_host_needs_no_share_as_measured_on_an_h100() -> None:
+    path = Path(__file__).parent.parent / "executor" / "transcripts" / "h100-driver-580.json"
+    checks = json.loads(path.read_bytes())["checks"]
+    measured = next(c["details"] for c in checks if "edge_cnn_train_b32" in c["details"].get("100_percent", {}))
+    for student in ("edge_cnn_train_b32", "resnet18_train_b32", "resnet18_train_b256"):
+        phi = {int(name.split("_")[0]) / 100.0: row[student]["phi"] for name, row in measured.items()}
+        # Three retrainings at each share, as if they took what the measured throughput says.
+        ran = [ShareRun(share=r, seconds=10.0 / phi[r], gpu_seconds=10.0) for r in phi for _ in range(3)]
+        curve = fit_share_curve(ran)
+        assert curve is not None
+        assert curve.differs
+        assert curve.exponent < 0.25
+        for share, value in phi.items():
+            assert dict(curve.points)[share] == pytest.approx(value, abs=0.25), (student, share)
+
+
 def test_retrainings_at_one_share_say_nothing_about_the_curve() -> None:
     assert fit_share_curve(runs(0.5, (0.4,) * 20, seed=1)) is None
     assert fit_share_curve(runs(0.5, (0.1, 0.9), seed=1)) is None
