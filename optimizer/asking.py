@@ -178,6 +178,12 @@ class Asker:
             asked = profiles.get(stream.stream_id)
             if stream.unplanned and asked and stream.profile and asked.accuracy_now == stream.profile.accuracy_now:
                 learned, stream.unplanned = True, False
+            # Until now it was served as the plan before this one had it.
+            config = stream.serving_config.config_id if stream.serving_config else ""
+            choices = stream.profile.inference if stream.profile else ()
+            served_q = next((p.relative_accuracy for p in choices if p.inference_id == config), 0.0)
+            now_q = served_q * stream.profile.accuracy_now if stream.profile else 0.0
+            stream.earned_s += now_q * max(0.0, now - max(state.plan_s, state.window_opened_s))
         for stream in state.streams.values():
             value, profile = values.get(stream.stream_id), stream.profile
             if value is None or profile is None or question.phase == "profiling":
@@ -185,11 +191,8 @@ class Asker:
             # Where streams are profiled beside plans the window is promised once the last of them is through.
             if question.phase != "plan" and (not learned or stream.settled):
                 continue
-            # Until now the window was served as the profiling plan had it.
-            config = stream.serving_config.config_id if stream.serving_config else ""
-            served_q = next((p.relative_accuracy for p in profile.inference if p.inference_id == config), 0.0)
-            before = profile.accuracy_now * served_q * elapsed
-            stream.predicted = (before + value * max(0.0, self._site.window_s - elapsed)) / self._site.window_s
+            left_s = max(0.0, self._site.window_s - elapsed)
+            stream.predicted = (stream.earned_s + value * left_s) / self._site.window_s
         state.plan, state.plan_s = plan, now
         state.trial_room = question.trial_room
         # What ended while the planner was thinking has ended for this plan too.

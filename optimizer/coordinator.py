@@ -432,7 +432,7 @@ class Coordinator:
             latencies.forget_old(stream)
             demands.forget_old(stream)
             stream.shortfall = self._closer.shortfall(stream, window - 1)
-            stream.predicted, stream.alarm = None, None
+            stream.predicted, stream.earned_s, stream.alarm = None, 0.0, None
             stream.penalties = {name: last for name, last in stream.penalties.items() if last >= window}
         # The first window is planned on what the bootstrap has just measured, any other at once where labels are there.
         known = self._pipeline.finished(FIRST) and self.site.profiling.beside

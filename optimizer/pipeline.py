@@ -151,7 +151,8 @@ class Pipeline:
         if stage == "measure" and stream.profile is not None:
             # Its retraining may be running: what that was planned from, and its epochs have corrected, stays.
             profile = msgspec.structs.replace(stream.profile, inference=profile.inference)
-        stream.profile, stream.unplanned = profile, stage != "measure"
+        stream.profile = profile
+        stream.unplanned = stage != "measure" and result.window == self._state.window
         return [
             Publish(
                 event=ProfileEstimated(

@@ -145,6 +145,7 @@ class StreamState(msgspec.Struct, kw_only=True):
     ``tried``: what this window's profiling has measured so far; ``trials``: what is still to be tried, beside the plan.
     ``ahead``: the window that its labels were begun for before it opened. ``unplanned``: its estimates are newer than
     the plan that its window's accuracy was predicted from.
+    ``predicted``: accuracy promised for the window, ``earned_s``: accuracy-seconds of it until the plan in force.
     ``shortfall``: how much the last window fell behind what was predicted; such streams are profiled first.
     ``degraded``: it is live and gives no pictures; ``turned_s``: since when its executor says otherwise than this.
     ``sent``: its retraining in the cloud, instead of ``running``. ``settled``: its retraining of this window ended,
@@ -180,6 +181,7 @@ class StreamState(msgspec.Struct, kw_only=True):
     serving_share: float = 0.0
     leaving: Leaving | None = None
     predicted: float | None = None
+    earned_s: float = 0.0
     shortfall: float = 0.0
     canary: Canary | None = None
     judged_version: int = 0

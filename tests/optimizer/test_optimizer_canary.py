@@ -133,8 +133,10 @@ def test_a_restarted_optimizer_resumes_the_canary_and_ends_it(fooled: float) -> 
     again, _, _ = simulation(ONE, num_windows=None, state=old, world=world, adopt_until_s=run.now + 6.0, join=False)
     again.now = again._measured_s = run.now
     again.join(executor)
-    again.run(until_s=again.now + 60.0)
-    ended = [e for e in again.events if isinstance(e, GateDecided) and e.stage == "canary"]
+    ended: list[GateDecided] = []
+    while not ended:
+        again.run(until_s=again.now + 1.0)
+        ended = [e for e in again.events if isinstance(e, GateDecided) and e.stage == "canary"]
     assert ended[0].decision == ("rolled_back" if fooled else "kept")
     assert ended[0].version == 2
     assert serving_version(executor) == (1 if fooled else 2)
