@@ -207,7 +207,9 @@ def _may_begin(stream: StreamState, with_retraining: bool) -> bool:
 
 
 def room_for_trials(state: SiteState, executors: Mapping[str, ExecutorState]) -> dict[str, float]:
-    """Share that plans keep free on executors for labelling and trials; measuring takes what they leave over.
+    """Share that plans keep free on executors for labelling and trials.
+
+    Measuring and the labels of the next window take what plans leave over.
 
     Everywhere as long as the window is not planned; beside a plan where such jobs run, or streams are served that wait
     for them. What follows a sudden drift has a share like that at the window's start.
@@ -216,7 +218,7 @@ def room_for_trials(state: SiteState, executors: Mapping[str, ExecutorState]) ->
         return dict.fromkeys(executors, state.profiling_share)
     if state.phase not in ("planning", "executing"):
         return {}
-    waiting = {s.stream_id: s for s in state.streams.values() if s.awaits_trial}
+    waiting = {s.stream_id: s for s in state.streams.values() if s.awaits_trial and s.ahead <= state.window}
     homes = {s.serving_executor for s in waiting.values() if s.alarm is None}
     homes |= {executor_id for executor_id, job in state.pipeline.items() if job.stream.stream_id in waiting}
     urgent = {s.serving_executor for s in state.streams.values() if s.alarm is not None and state.phase == "executing"}
