@@ -312,6 +312,7 @@ class Coordinator:
         base = known.job.checkpoint if known else None
         verdict = self._watcher.retrained(stream, result, base, now)
         promoted = verdict.decision == "promoted"
+        ends = questions.predicted_ends(running, self.executors.get(running.executor_id), now) if running else None
         if known is not None:
             self._settle(stream)
             self._asker.want(f"retraining of {result.stream_id} ended")
@@ -337,6 +338,10 @@ class Coordinator:
                 reason=verdict.reason if known else f"ended after its window: {verdict.reason}",
                 map_before=result.map_before,
                 map_after=result.map_after,
+                elapsed_s=ends.elapsed_s if ends else None,
+                elapsed_predicted_s=ends.predicted_s if ends else None,
+                elapsed_half_s=ends.half_s if ends else None,
+                whole=max((e.epoch for e in result.epochs), default=0) >= result.config.epochs,
             )
         )
 

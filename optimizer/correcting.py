@@ -13,6 +13,7 @@ from typing import Literal
 
 import msgspec
 
+from optimizer import questions
 from optimizer.config import CorrectionConfig
 from optimizer.emitter import Emitter
 from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
@@ -28,6 +29,8 @@ _PRIOR_EPOCHS = 0.4
 _CHURN = 0.2
 # A retraining has levelled off when this part of its epochs (2 at least) brought no more than this.
 _FLAT_PART, _FLAT_GAIN = 0.25, 0.005
+# By the clock a retraining takes at most so many times its busy seconds: more is a stop, not a speed.
+_SLOWEST = 4.0
 # What is still to come is worth waiting for above this.
 _WORTH = 0.01
 # A worker that was told to stop hands its model in within so many seconds.
@@ -54,11 +57,13 @@ def assess(
     told_after: float,
     told_seconds: float,
     config: CorrectionConfig,
+    work_s: tuple[float, ...] = (),
 ) -> Assessment:
     """What to do about a retraining of ``num_epochs`` epochs of which ``epochs`` (0 first) have been seen.
 
     ``accuracy_before``, ``accuracy_after`` and ``gpu_seconds`` are the plan's estimates; ``told_*`` what the planner
     was told last. Accuracies of ``epochs`` are on another split than the estimates, so gains are compared.
+    ``work_s``: GPU-seconds by the clock when each of ``epochs`` was heard of.
     """
     seen = epochs[-1].epoch if epochs else 0
     if seen < 1 or epochs[0].epoch != 0:
@@ -77,11 +82,7 @@ def assess(
     else:
         gain = (sum(gains[-3:]) / len(gains[-3:])) * seen / (seen + _PRIOR_EPOCHS)
     after = min(1.0, max(0.0, accuracy_before + gain))
-    per_epoch = sum(e.busy_s for e in epochs[1:]) / seen
-    startup_s = max(0.0, gpu_seconds - per_epoch * num_epochs) if per_epoch > 0.0 else 0.0
-    measured_s = epochs[0].busy_s + per_epoch * num_epochs
-    # Start-up is not among the epochs: what of the estimate they do not explain is kept, but no more than a tenth.
-    seconds = measured_s + min(startup_s, 0.1 * gpu_seconds) if per_epoch > 0.0 else told_seconds
+    seconds = expected_seconds(epochs, work_s, num_epochs, gpu_seconds)
 
     noise = math.sqrt(_CHURN / max(1, num_validation))
     part = seen / num_epochs
@@ -104,6 +105,37 @@ def assess(
         if said:
             return Assessment(verdict="tell", accuracy_after=after, gpu_seconds=seconds, reason=", ".join(said))
     return Assessment(verdict="go_on", accuracy_after=told_after, gpu_seconds=told_seconds)
+
+
+def expected_seconds(
+    epochs: tuple[EpochResult, ...], work_s: tuple[float, ...], num_epochs: int, gpu_seconds: float
+) -> float:
+    """GPU-seconds that a retraining will take in all, told from its epochs so far; ``gpu_seconds``: as estimated.
+
+    By the clock (``work_s`` when each epoch was heard of) where two epochs after the first validation were: what is
+    behind it, the epochs to come, and one validation with what else comes last. That counts starting, waiting for a
+    busy machine and a share that is not what it is called, which busy seconds do not. Before that by busy seconds, of
+    which the estimate's start-up is kept.
+    """
+    seen = epochs[-1].epoch if epochs else 0
+    if seen < 1:
+        return gpu_seconds
+    heard = [(e.epoch, w) for e, w in zip(epochs, work_s, strict=False) if e.epoch >= 1]
+    if len(work_s) == len(epochs) and len(heard) >= 2 and heard[-1][1] > heard[0][1]:
+        (first, begun_s), (last, behind_s) = heard[0], heard[-1]
+        per_epoch = (behind_s - begun_s) / (last - first)
+        busy_s = sum(e.busy_s for e in epochs if first < e.epoch <= last)
+        # A validation takes longer by the clock in the measure in which epochs do.
+        slower = min(max((behind_s - begun_s) / busy_s, 1.0), _SLOWEST) if busy_s > 0.0 else 1.0
+        rest_s = slower * epochs[0].busy_s if epochs[0].epoch == 0 else 0.0
+        return behind_s + (num_epochs - last) * per_epoch + rest_s
+    per_epoch = sum(e.busy_s for e in epochs if e.epoch >= 1) / max(1, len(heard) or len(epochs) - 1)
+    if per_epoch <= 0.0:
+        return gpu_seconds
+    validation_s = epochs[0].busy_s if epochs[0].epoch == 0 else 0.0
+    around_s = max(validation_s, gpu_seconds - per_epoch * num_epochs)
+    # Start-up is not among the epochs: what of the estimate they do not explain is kept, but no more than a tenth.
+    return per_epoch * num_epochs + min(around_s, max(validation_s, 0.1 * gpu_seconds))
 
 
 def _progress(epoch: int, num_epochs: int) -> float:
@@ -147,6 +179,13 @@ class Corrector:
         if running.epochs and event.epoch.epoch <= running.epochs[-1].epoch:
             return
         running.epochs = (*running.epochs, event.epoch)
+        executor = self._executors.get(running.executor_id)
+        if executor is not None:
+            running.heard_work_s = (*running.heard_work_s, questions.work_done(running, executor.gpu, now))
+        if not running.half_work_s and 2 * event.epoch.epoch >= running.job.config.epochs:
+            running.half_work_s = expected_seconds(
+                running.epochs, running.heard_work_s, running.job.config.epochs, running.work_s
+            )
         profile = (
             next((p for p in stream.profile.retrain if p.retrain_id == running.retrain_id), None)
             if (stream.profile is not None)
@@ -164,6 +203,7 @@ class Corrector:
             told_after=profile.accuracy_after,
             told_seconds=running.late_work_s or running.work_s,
             config=self._config,
+            work_s=running.heard_work_s,
         )
         if found.verdict == "go_on":
             return

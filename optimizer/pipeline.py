@@ -139,7 +139,7 @@ class Pipeline:
         stream = self._take(job_id)
         if stream is None or stream.dataset is None:
             return []
-        spec, stage = self._specs[stream.stream_id], stream.stage
+        spec, stage, seconds = self._specs[stream.stream_id], stream.stage, result.seconds
         # In several jobs beside a plan, as one: what the profiler learns from is a window's trials together.
         stream.tried = result = _together(stream.tried, result)
         profile = self._profiler.estimate(spec, result, stream.dataset)
@@ -165,6 +165,8 @@ class Pipeline:
                         (p.config, p.gpu_share_needed, p.relative_accuracy) for p in profile.inference if p.config
                     ),
                     retrain=tuple((p.config, p.gpu_seconds, p.accuracy_after) for p in profile.retrain if p.config),
+                    stage=stage if stage in ("check", "measure") else "trial",
+                    seconds=seconds,
                 )
             )
         ]

@@ -72,6 +72,24 @@ def how_it_ran(running: RunningRetrain, executor: ExecutorState | None, now: flo
     )
 
 
+class Ends(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds from a retraining's command to its report: as they were, as expected at its start and half way."""
+
+    elapsed_s: float
+    predicted_s: float
+    half_s: float | None
+
+
+def predicted_ends(running: RunningRetrain, executor: ExecutorState | None, now: float) -> Ends | None:
+    """When a retraining that has just ended was expected to end, at the shares that it turned out to have."""
+    ran = how_it_ran(running, executor, now)
+    if ran is None or ran.work_s <= 0.0:
+        return None
+    per_work = ran.elapsed_s / ran.work_s
+    half_s = running.half_work_s * per_work if running.half_work_s else None
+    return Ends(elapsed_s=ran.elapsed_s, predicted_s=running.work_s * per_work, half_s=half_s)
+
+
 def make_problem(
     state: SiteState,
     site: SiteConfig,

@@ -28,6 +28,7 @@ from optimizer.report_data import (
 )
 from optimizer.report_html import report_page
 from optimizer.report_tables import final_table
+from optimizer.report_trials import build_trials
 from protocol.errors import InputError
 from protocol.events import (
     ExecutorChanged,
@@ -112,6 +113,7 @@ def build_report(events: Sequence[TelemetryEvent], *, site: str = "") -> Report:
         windows=windows,
         solves=tuple(_solve_row(e) for e in solves),
         retrainings=tuple(_retrain_row(e) for e in events if isinstance(e, RetrainFinished)),
+        trials=build_trials(events),
         gates=tuple(_gate_row(e) for e in events if isinstance(e, GateDecided)),
         swaps=tuple(
             SwapRow(site_s=e.site_s, stream_id=e.stream_id, gap_ms=e.gap_ms)
@@ -231,6 +233,10 @@ def _retrain_row(e: RetrainFinished) -> RetrainRow:
         accuracy_after=e.accuracy_after,
         map_before=e.map_before,
         map_after=e.map_after,
+        elapsed_s=e.elapsed_s,
+        elapsed_predicted_s=e.elapsed_predicted_s,
+        elapsed_half_s=e.elapsed_half_s,
+        whole=e.whole,
         accuracy_predicted=e.accuracy_predicted,
         seconds=e.seconds,
         seconds_predicted=e.seconds_predicted,

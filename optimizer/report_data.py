@@ -80,6 +80,27 @@ class RetrainRow(Record, frozen=True, kw_only=True):
     reason: str
     map_before: float | None = None
     map_after: float | None = None
+    elapsed_s: float | None = None
+    elapsed_predicted_s: float | None = None
+    elapsed_half_s: float | None = None
+    whole: bool = True
+
+
+class TrialsRow(Record, frozen=True, kw_only=True):
+    """How one stream came to its window's retraining. ``*_at_s``: seconds after the window opened, negative before.
+
+    ``looked_s``, ``tried_s``, ``measured_s``: what looking at the serving model, trials and measurements took.
+    ``known_at_s``: when its retraining could be chosen; ``retrain_at_s``: when one was begun.
+    """
+
+    window: int
+    stream_id: str
+    labelled_at_s: float | None
+    looked_s: float | None
+    tried_s: float | None
+    measured_s: float | None
+    known_at_s: float | None
+    retrain_at_s: float | None
 
 
 class GateRow(Record, frozen=True, kw_only=True):
@@ -180,6 +201,7 @@ class Report(Record, frozen=True, kw_only=True):
     windows: tuple[WindowRow, ...]
     solves: tuple[SolveRow, ...]
     retrainings: tuple[RetrainRow, ...]
+    trials: tuple[TrialsRow, ...]
     gates: tuple[GateRow, ...]
     swaps: tuple[SwapRow, ...]
     conditions: tuple[ConditionRow, ...]

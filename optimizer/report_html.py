@@ -19,6 +19,7 @@ from optimizer.report_gates import gate_table
 from optimizer.report_pieces import count, dot, fold, seconds, strong, table
 from optimizer.report_style import STYLE
 from optimizer.report_tables import percent
+from optimizer.report_trials import ends_table, ends_text, trials_table
 from protocol.events import TelemetryEvent
 
 
@@ -58,12 +59,19 @@ def report_page(report: Report, events: Sequence[TelemetryEvent]) -> str:
                 f'<div class="split">{scatter_figure(report)}{_accuracy_table(report)}</div>' if report.windows else "",
             ),
             _section("Plans", _plan_text(report), _plan_table(report)),
+            _section(
+                "Labels, trials and the first retraining",
+                "Seconds after the window opened, negative before it. A stream's retraining is chosen when it is known"
+                " what its configurations are worth; measurements of inference configurations hold nothing up.",
+                trials_table(report),
+            ),
             _section("Is there anything to decide?", _contention_text(report), _contention_table(report)),
             _section(
                 "Retrainings and the gate",
                 "Accuracies on the same held-out labels, before and after. Only a promoted model goes live.",
                 _retrain_table(report),
             ),
+            _section("When retrainings end", ends_text(report), ends_table(report)),
             _section(
                 "Models on their way",
                 "Every test of a retrained model: at the gate on held-out labels, in the shadow and as a canary on"

@@ -46,8 +46,9 @@ class ExecutorState(msgspec.Struct, kw_only=True):
 class RunningRetrain(msgspec.Struct, kw_only=True):
     """A retraining that was started. ``work_s``: GPU-seconds expected when it started; ``done_s`` of them
     were done by ``since_s`` (site clock), from when on it runs at ``share``; ``started_s``: when it was commanded.
-    ``late_work_s``: what is expected in all since it turned out to take longer or less, 0 until then. ``epochs``: those
-    that were heard of. ``stopped_s``: when it was told to hand in what it has."""
+    ``late_work_s``: what is expected in all since it turned out to take longer or less, 0 until then. ``epochs``:
+    those that were heard of, ``heard_work_s``: GPU-seconds behind it each time. ``half_work_s``: what was expected in
+    all when half of its epochs were done, 0 until then. ``stopped_s``: when it was told to hand in what it has."""
 
     job: RetrainJob
     executor_id: str
@@ -60,6 +61,8 @@ class RunningRetrain(msgspec.Struct, kw_only=True):
     started_s: float | None = None
     late_work_s: float = 0.0
     epochs: tuple[EpochResult, ...] = ()
+    heard_work_s: tuple[float, ...] = ()
+    half_work_s: float = 0.0
     stopped_s: float | None = None
 
 

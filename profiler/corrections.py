@@ -7,10 +7,10 @@ unbiased observations had been made before: one odd window moves little, a stead
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
-from profiler.costs import GroupKey, diverged, group_key
-from profiler.records import ConfigEstimate, Outcome, StreamHistory, WindowHistory
+from profiler.costs import CostModel, GroupKey, cost_of_retraining, diverged, group_key, mean_cost
+from profiler.records import Outcome, StreamHistory, WindowHistory
 from protocol.schema import RetrainConfig
 
 DECAY = 0.8
@@ -74,17 +74,40 @@ def _reached_by(outcome: Outcome, key: GroupKey | None) -> float | None:
     return reached_accuracy(outcome) if key is None or group_key(outcome.result.config) == key else None
 
 
-def cost_ratio(config: RetrainConfig, history: StreamHistory) -> float:
-    """Realised over predicted GPU-seconds (geometric mean, shrunk to 1), the stream's and then the group's."""
+def retraining_costs(
+    windows: Iterable[WindowHistory], trials: Mapping[GroupKey, CostModel]
+) -> dict[GroupKey, CostModel]:
+    """Costs of groups of configurations as whole retrainings of ``windows`` (oldest first) showed them.
+
+    ``trials``: costs from trials, which tell preparation from start-up.
+    """
+    found: dict[GroupKey, list[CostModel]] = {}
+    for window in windows:
+        for outcome in window.outcomes:
+            key = group_key(outcome.result.config)
+            prepare_s = trials[key].prepare_s_per_sample if key in trials else 0.0
+            cost = cost_of_retraining(outcome.result, window.estimate.num_train if window.estimate else 0, prepare_s)
+            if cost is not None and outcome.run is not None:
+                found.setdefault(key, []).append(cost)
+    return {key: mean_cost(seen[::-1]) for key, seen in found.items()}
+
+
+def cost_ratio(
+    config: RetrainConfig, history: StreamHistory, costs: Mapping[GroupKey, CostModel] | None = None
+) -> float:
+    """Realised over predicted GPU-seconds (geometric mean, shrunk to 1), the stream's and then the group's.
+
+    Predicted by ``costs``, as the next retraining will be; where these know nothing of it, as it was at the time.
+    """
     key = group_key(config)
     errors: list[tuple[float, float]] = []
     own: list[tuple[float, float]] = []
     for age, window in enumerate(reversed(history.windows)):
         for outcome in window.outcomes:
-            before, work_s = _estimated(window, outcome), work_done(outcome)
-            if before is None or not _all_epochs_done(outcome) or work_s <= 0.0:
+            base_s, work_s = _base_seconds(window, outcome, costs or {}), work_done(outcome)
+            if base_s is None or not _all_epochs_done(outcome) or work_s <= 0.0:
                 continue
-            error = (math.log(work_s / before.base_gpu_seconds), DECAY**age)
+            error = (math.log(work_s / base_s), DECAY**age)
             errors.append(error)
             if group_key(outcome.result.config) == key:
                 own.append(error)
@@ -124,7 +147,11 @@ def _all_epochs_done(outcome: Outcome) -> bool:
     return max((e.epoch for e in outcome.result.epochs), default=0) >= outcome.result.config.epochs
 
 
-def _estimated(window: WindowHistory, outcome: Outcome) -> ConfigEstimate | None:
-    if window.estimate is None:
+def _base_seconds(window: WindowHistory, outcome: Outcome, costs: Mapping[GroupKey, CostModel]) -> float | None:
+    estimate, config = window.estimate, outcome.result.config
+    if estimate is None:
         return None
-    return next((row for row in window.estimate.retrain if row.config == outcome.result.config), None)
+    cost = costs.get(group_key(config))
+    if cost is not None and estimate.num_train > 0:
+        return cost.gpu_seconds(config, estimate.num_train)
+    return next((row.base_gpu_seconds for row in estimate.retrain if row.config == config), None)

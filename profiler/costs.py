@@ -1,8 +1,10 @@
 """Retraining cost: GPU-seconds of a configuration from the busy seconds of short trials.
 
-Model:  c = startup + n * prepare_s_per_sample + epochs * (n * seconds_per_sample + validation_s)
+Model:  c = startup + n * prepare_s_per_sample + epochs * (n * seconds_per_sample + validation_s) + finish
 
-with n = data_fraction * num_train samples; what is prepared is worked out once per sample.
+with n = data_fraction * num_train samples; what is prepared is worked out once per sample. ``finish``: three passes
+over the held-out split that a trial does not make (the model before training, both models for the gate). What whole
+retrainings of the group took is known better than what its trial lets expect.
 
 A retraining's cost is linear in epochs and samples (NSDI 2022 section 4.3 scales a trial's seconds the same way).
 Configurations that differ only in epochs and data fraction share seconds_per_sample.
@@ -12,11 +14,11 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from protocol.schema import Record, RetrainConfig, RetrainTrial
+from protocol.schema import Record, RetrainConfig, RetrainResult, RetrainTrial
 
 # What makes one optimisation step of one sample: (batch size, trained fraction, head width, learning rate).
 GroupKey = tuple[int, float, int, float]
@@ -25,6 +27,8 @@ MIN_GPU_SECONDS = 1e-3
 DIVERGED_LOSS = 1e9
 # A forward pass costs one unit; the backward pass of the trained part about two more.
 BACKWARD_UNITS = 2.0
+_PASSES = 3.0
+_LEAST_EPOCHS = 2
 
 
 def diverged(loss: float) -> bool:
@@ -44,12 +48,13 @@ class CostModel(Record, frozen=True, kw_only=True):
     seconds_per_sample: float
     validation_s: float
     prepare_s_per_sample: float = 0.0
+    finish_s: float = 0.0
 
     def gpu_seconds(self, config: RetrainConfig, num_train: int) -> float:
         """Expected GPU-seconds of a retraining on ``num_train`` samples; always positive."""
         num_samples = config.data_fraction * num_train
         per_epoch = self.seconds_per_sample * num_samples + self.validation_s
-        once_s = self.startup_s + self.prepare_s_per_sample * num_samples
+        once_s = self.startup_s + self.prepare_s_per_sample * num_samples + self.finish_s
         return max(once_s + config.epochs * per_epoch, MIN_GPU_SECONDS)
 
     def trial_seconds(self, num_samples: int, num_epochs: int) -> float:
@@ -69,18 +74,59 @@ def cost_model(trial: RetrainTrial) -> CostModel | None:
     if not trained or trial.num_samples <= 0:
         return None
     epoch_s = statistics.median(trained)
-    validation_s = statistics.median([e.busy_s for e in trial.epochs if e.epoch == 0] or [0.0])
+    whole_s = validation_s = statistics.median([e.busy_s for e in trial.epochs if e.epoch == 0] or [0.0])
     # On tiny trials the first validation may hold warm-up and exceed a whole epoch: then it says nothing.
     validation_s = min(validation_s, 0.5 * epoch_s)
-    # A last batch that is not full costs less than a full one and more than its samples: the mean of both, in factors.
-    batch = trial.config.batch_size
-    num_samples = math.sqrt(trial.num_samples * math.ceil(trial.num_samples / batch) * batch)
+    num_samples = _batched(trial.num_samples, trial.config)
     return CostModel(
         startup_s=trial.startup_s,
         seconds_per_sample=(epoch_s - validation_s) / num_samples,
         validation_s=validation_s,
         prepare_s_per_sample=trial.prepare_s / trial.num_samples,
+        finish_s=_PASSES * whole_s,
     )
+
+
+def cost_of_retraining(result: RetrainResult, num_train: int, prepare_s_per_sample: float = 0.0) -> CostModel | None:
+    """Costs seen in a retraining on a set of ``num_train`` samples, None when it says too little.
+
+    All that is not in an epoch counts as start-up, less what ``prepare_s_per_sample`` explains.
+    """
+    trained = [e.busy_s for e in result.epochs if e.epoch > 0]
+    num_samples = round(result.config.data_fraction * num_train)
+    if len(trained) < min(_LEAST_EPOCHS, result.config.epochs) or num_samples < 1 or result.checkpoint is None:
+        return None
+    epoch_s = sum(trained) / len(trained)
+    first_s = sum(e.busy_s for e in result.epochs if e.epoch == 0)
+    validation_s = min(first_s, 0.5 * epoch_s)
+    around_s = max(0.0, result.busy_s - sum(trained))
+    prepare_s = min(prepare_s_per_sample * num_samples, around_s)
+    return CostModel(
+        startup_s=around_s - prepare_s,
+        seconds_per_sample=(epoch_s - validation_s) / _batched(num_samples, result.config),
+        validation_s=validation_s,
+        prepare_s_per_sample=prepare_s / num_samples,
+    )
+
+
+def mean_cost(newest_first: Sequence[CostModel]) -> CostModel:
+    """Mean of what was seen, the newest counting twice as much as the one before it. Raises ValueError for none."""
+    if not newest_first:
+        raise ValueError("no cost to take the mean of")
+    weights = [0.5**age for age in range(len(newest_first))]
+
+    def mean(name: str) -> float:
+        seen = (weight * float(getattr(cost, name)) for weight, cost in zip(weights, newest_first, strict=True))
+        return sum(seen) / sum(weights)
+
+    return CostModel(**{name: mean(name) for name in CostModel.__struct_fields__})
+
+
+def _batched(num_samples: int, config: RetrainConfig) -> float:
+    """Samples that an epoch costs: a last batch that is not full costs less than a full one and more than its samples,
+    the mean of both, in factors."""
+    batch = config.batch_size
+    return math.sqrt(num_samples * math.ceil(num_samples / batch) * batch)
 
 
 def neighbour_cost(key: GroupKey, measured: Mapping[GroupKey, CostModel]) -> CostModel | None:
@@ -102,6 +148,7 @@ def neighbour_cost(key: GroupKey, measured: Mapping[GroupKey, CostModel]) -> Cos
         startup_s=statistics.median(m.startup_s for m in measured.values()),
         seconds_per_sample=max(predicted, 0.25 * float(seconds.min())),
         validation_s=statistics.median(m.validation_s for m in measured.values()),
+        finish_s=statistics.median(m.finish_s for m in measured.values()),
     )
 
 

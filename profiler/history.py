@@ -25,7 +25,7 @@ from protocol.schema import DatasetRef, TrialResult
 
 log = logging.getLogger("ekya.profiler")
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_WINDOWS = 20
 MAX_OUTCOMES = 400
 _NEWEST_WEIGHT = 0.25
@@ -51,15 +51,15 @@ CREATE TABLE IF NOT EXISTS datasets (
     PRIMARY KEY (run, stream, window));
 CREATE TABLE IF NOT EXISTS costs (
     config_group TEXT NOT NULL, device TEXT NOT NULL, startup_s REAL NOT NULL, seconds_per_sample REAL NOT NULL,
-    validation_s REAL NOT NULL, prepare_s REAL NOT NULL, num INTEGER NOT NULL, time_s REAL NOT NULL,
-    PRIMARY KEY (config_group, device));
+    validation_s REAL NOT NULL, prepare_s REAL NOT NULL, finish_s REAL NOT NULL, num INTEGER NOT NULL,
+    time_s REAL NOT NULL, PRIMARY KEY (config_group, device));
 CREATE TABLE IF NOT EXISTS share_curves (
     device TEXT NOT NULL PRIMARY KEY, points TEXT NOT NULL, exponent REAL NOT NULL, error REAL NOT NULL,
     num INTEGER NOT NULL, time_s REAL NOT NULL);
 """
 # What has to be done to a file of an older schema before _SCHEMA is run on it. The tables of version 2 are all new;
-# version 3 has costs with a preparation, which the next trials measure again.
-_MIGRATIONS: dict[int, str] = {1: "", 2: "DROP TABLE IF EXISTS costs;"}
+# versions 3 and 4 have costs with a preparation and a finish, which the next trials measure again.
+_MIGRATIONS: dict[int, str] = {1: "", 2: "DROP TABLE IF EXISTS costs;", 3: "DROP TABLE IF EXISTS costs;"}
 
 Payload = TypeVar("Payload", TrialResult, Estimate, Outcome, DatasetRef)
 
@@ -174,18 +174,24 @@ class History:
         with self._guard() as db:
             text = json.dumps(key)
             found = db.execute(
-                "SELECT startup_s, seconds_per_sample, validation_s, prepare_s, num FROM costs WHERE config_group = ? "
-                "AND device = ?",
+                "SELECT startup_s, seconds_per_sample, validation_s, prepare_s, finish_s, num FROM costs "
+                "WHERE config_group = ? AND device = ?",
                 (text, device),
             ).fetchone()
-            new = (cost.startup_s, cost.seconds_per_sample, cost.validation_s, cost.prepare_s_per_sample)
+            new: tuple[float, ...] = (
+                cost.startup_s,
+                cost.seconds_per_sample,
+                cost.validation_s,
+                cost.prepare_s_per_sample,
+                cost.finish_s,
+            )
             num = 0
             if found is not None:
-                num = int(found[4])
+                num = int(found[5])
                 weight = max(1.0 / (num + 1), _NEWEST_WEIGHT)
-                new = tuple(old + weight * (now - old) for old, now in zip(found[:4], new, strict=True))
+                new = tuple(old + weight * (now - old) for old, now in zip(found[:5], new, strict=True))
             db.execute(
-                "INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?, ?, ?, ?, ?)", (text, device, *new, num + 1, time_s)
+                "INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (text, device, *new, num + 1, time_s)
             )
 
     def record_share_curve(self, device: str, curve: ShareCurve, *, time_s: float) -> None:
@@ -237,16 +243,18 @@ class History:
         """Costs known at the site by group of configurations, of one kind of device."""
         found: dict[GroupKey, CostModel] = {}
         for text, *values in self._rows(
-            "SELECT config_group, startup_s, seconds_per_sample, validation_s, prepare_s FROM costs WHERE device = ?",
+            "SELECT config_group, startup_s, seconds_per_sample, validation_s, prepare_s, finish_s FROM costs "
+            "WHERE device = ?",
             device,
         ):
             batch_size, trained_fraction, head_width, learning_rate = json.loads(text)
-            startup_s, seconds_per_sample, validation_s, prepare_s = values
+            startup_s, seconds_per_sample, validation_s, prepare_s, finish_s = values
             found[batch_size, trained_fraction, head_width, learning_rate] = CostModel(
                 startup_s=startup_s,
                 seconds_per_sample=seconds_per_sample,
                 validation_s=validation_s,
                 prepare_s_per_sample=prepare_s,
+                finish_s=finish_s,
             )
         return found
 

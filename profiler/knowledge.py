@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
+from profiler.corrections import retraining_costs
 from profiler.costs import CostModel, GroupKey
 from profiler.intervals import PastError
 from profiler.points import window_points
@@ -19,7 +20,8 @@ class SiteKnowledge(Record, frozen=True, kw_only=True):
     """``prior``: what retrainings reach, None with too few of them. ``gaps``: live against held-out accuracy,
     None = estimates are held-out accuracies.
 
-    ``errors``: past estimates' errors, for the intervals. ``costs``: of groups of configurations on any stream.
+    ``errors``: past estimates' errors, for the intervals. ``costs``: of groups of configurations on any stream, from
+    trials; ``retrained``: from whole retrainings.
     ``points``: accuracies measured on all streams.
     """
 
@@ -27,6 +29,7 @@ class SiteKnowledge(Record, frozen=True, kw_only=True):
     gaps: Gaps | None = None
     errors: tuple[PastError, ...] = ()
     costs: dict[GroupKey, CostModel] = msgspec.field(default_factory=dict)
+    retrained: dict[GroupKey, CostModel] = msgspec.field(default_factory=dict)
     points: tuple[Point, ...] = ()
 
 
@@ -40,6 +43,7 @@ def learn_site(
         gaps=gaps,
         errors=_errors(windows, gaps),
         costs=dict(costs),
+        retrained=retraining_costs([w.history for w in sorted(windows, key=lambda w: w.order)], costs),
         points=tuple(
             point for w in windows for point in window_points(w.stream_id, w.order, w.history, live=correct_live)
         ),

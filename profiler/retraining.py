@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from profiler.corrections import DECAY, cost_ratio, reached_best, shrunk_mean
+from profiler.corrections import DECAY, cost_ratio, reached_best, retraining_costs, shrunk_mean
 from profiler.costs import CostModel, GroupKey, cost_model, diverged, group_key, key_distance, neighbour_cost
 from profiler.curves import LearningCurve, effective_effort, fit_curve, likely_ceiling
 from profiler.intervals import PastError, factor
@@ -66,7 +66,9 @@ def estimate_retrain(
             )
             costs[key] = cost
 
-    known_costs = {**site.costs, **costs}
+    # The stream's own retrainings know best, then its trials, then the retrainings and the trials of others.
+    known_costs = {**site.costs, **site.retrained, **costs}
+    known_costs |= retraining_costs(history.windows, known_costs)
     expected = _expected(trial, dataset, retrain, accuracy_now, history, site)
     # The process takes the serving model's accuracy for exact; on a handful of labels it is anything but.
     now_error = noise(accuracy_now, dataset.num_train + dataset.num_validation)
@@ -104,7 +106,7 @@ def estimate_retrain(
                 base_gpu_seconds=base,
                 accuracy_after=_clip(after),
                 accuracy_error=min(scale * widened, MAX_ERROR),
-                gpu_seconds=base * cost_ratio(config, history),
+                gpu_seconds=base * cost_ratio(config, history, known_costs),
                 scale=scale,
             )
         )

@@ -153,7 +153,9 @@ class RetrainProgress(Event, frozen=True, kw_only=True, tag="retrain_progress"):
 
 class RetrainFinished(Event, frozen=True, kw_only=True, tag="retrain_finished"):
     """A retraining ended and the gate decided whether the model goes live. ``map_before`` and ``map_after`` as in
-    RetrainResult."""
+    RetrainResult. ``elapsed_s``: from the command to the report; ``elapsed_predicted_s`` and ``elapsed_half_s``: what
+    was expected of it at the start and after half of the epochs, at the shares that it had. ``whole``: not cut short.
+    """
 
     stream_id: Name
     window: int
@@ -167,6 +169,10 @@ class RetrainFinished(Event, frozen=True, kw_only=True, tag="retrain_finished"):
     reason: str
     map_before: float | None = None
     map_after: float | None = None
+    elapsed_s: Seconds | None = None
+    elapsed_predicted_s: Seconds | None = None
+    elapsed_half_s: Seconds | None = None
+    whole: bool = True
 
 
 class RetrainCorrected(Event, frozen=True, kw_only=True, tag="retrain_corrected"):
@@ -229,7 +235,12 @@ class LabelsCollected(Event, frozen=True, kw_only=True, tag="labels_collected"):
 
 
 class ProfileEstimated(Event, frozen=True, kw_only=True, tag="profile_estimated"):
-    """The micro-profiler's estimate of one stream. Tuples run over configurations."""
+    """The micro-profiler's estimate of one stream. Tuples run over configurations.
+
+    ``stage``: after what it was made: check = a look at the serving model on new labels, trial = trials of retraining
+    configurations (before a plan of inference configurations too), measure = inference configurations. ``seconds``:
+    how long that took.
+    """
 
     stream_id: Name
     window: int
@@ -238,6 +249,8 @@ class ProfileEstimated(Event, frozen=True, kw_only=True, tag="profile_estimated"
     retrain: tuple[tuple[RetrainConfig, float, float], ...]  # (config, gpu_seconds, accuracy_after)
     accuracy_low: Fraction = 0.0
     accuracy_high: Fraction = 1.0
+    stage: Literal["check", "trial", "measure"] = "trial"
+    seconds: Seconds = 0.0
 
 
 class StreamDegraded(Event, frozen=True, kw_only=True, tag="stream_degraded"):

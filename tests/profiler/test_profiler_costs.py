@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from profiler.costs import cost_model, group_key, neighbour_cost
-from protocol.schema import EpochResult, RetrainConfig, RetrainTrial
+from profiler.costs import CostModel, cost_model, cost_of_retraining, group_key, mean_cost, neighbour_cost
+from protocol.schema import CheckpointRef, EpochResult, RetrainConfig, RetrainResult, RetrainTrial
 
 HEAD = RetrainConfig(config_id="head", epochs=10, trained_fraction=0.0, batch_size=8)
 
@@ -23,8 +24,9 @@ def test_what_is_worked_out_once_is_paid_once_and_grows_with_the_samples() -> No
     model = cost_model(trial(HEAD, epoch_s=0.08, prepare_s=0.8))
     assert model is not None
     assert model.prepare_s_per_sample == pytest.approx(0.01)
-    # 0.5 to start, 400 samples prepared at 10 ms, ten epochs of 400 samples at half a millisecond and a validation.
-    assert model.gpu_seconds(HEAD, 400) == pytest.approx(0.5 + 4.0 + 10 * (400 * 0.0005 + 0.04))
+    # 0.5 to start, 400 samples prepared at 10 ms, ten epochs of 400 samples at half a millisecond and a validation, and
+    # three more of these around them.
+    assert model.gpu_seconds(HEAD, 400) == pytest.approx(0.5 + 4.0 + 10 * (400 * 0.0005 + 0.04) + 3 * 0.04)
     assert model.trial_seconds(80, 2) == pytest.approx(0.5 + 0.8 + 0.04 + 2 * 0.08)
 
 
@@ -36,3 +38,54 @@ def test_a_neighbour_pays_in_every_epoch_what_a_frozen_one_pays_once() -> None:
     assert found is not None
     assert found.seconds_per_sample == pytest.approx(3 * (0.01 + 0.0005), rel=1e-6)  # forward, and backward twice
     assert found.prepare_s_per_sample == 0.0
+
+
+def retrained(config: RetrainConfig, num_train: int, *, startup_s: float, sample_s: float) -> RetrainResult:
+    """A whole retraining: ``startup_s`` before and after its epochs, each of which is a pass and a validation."""
+    epoch_s = config.data_fraction * num_train * sample_s + 0.04
+    epochs = tuple(
+        EpochResult(epoch=k, accuracy=0.5, loss=1.0, busy_s=epoch_s if k else 0.04) for k in range(config.epochs + 1)
+    )
+    checkpoint = CheckpointRef(path="c", sha256="0" * 64, stream_id="s", version=2)
+    return RetrainResult(
+        stream_id="s",
+        window=1,
+        config=config,
+        checkpoint=checkpoint,
+        accuracy_before=0.5,
+        accuracy_after=0.6,
+        num_validation=50,
+        epochs=epochs,
+        busy_s=startup_s + config.epochs * epoch_s,
+        seconds=1.0,
+    )
+
+
+def test_a_whole_retraining_tells_what_others_of_its_group_cost() -> None:
+    whole = RetrainConfig(config_id="whole", epochs=20, batch_size=8, data_fraction=0.5)
+    other = RetrainConfig(config_id="other", epochs=5, batch_size=8)
+    model = cost_of_retraining(retrained(whole, 400, startup_s=0.9, sample_s=0.001), 400)
+    assert model is not None
+    assert model.gpu_seconds(whole, 400) == pytest.approx(0.9 + 20 * (0.2 + 0.04))
+    assert model.gpu_seconds(other, 400) == pytest.approx(0.9 + 5 * (0.4 + 0.04))
+
+
+def test_preparation_grows_with_the_samples_where_a_trial_has_told_it_from_starting() -> None:
+    model = cost_of_retraining(retrained(HEAD, 400, startup_s=4.5, sample_s=0.0005), 400, prepare_s_per_sample=0.01)
+    assert model is not None
+    assert model.startup_s == pytest.approx(0.5)
+    assert model.gpu_seconds(HEAD, 100) == pytest.approx(0.5 + 1.0 + 10 * (100 * 0.0005 + 0.04))
+
+
+def test_a_retraining_that_was_cut_short_or_left_nothing_says_nothing_about_costs() -> None:
+    result = retrained(HEAD, 400, startup_s=0.5, sample_s=0.001)
+    assert cost_of_retraining(msgspec.structs.replace(result, checkpoint=None), 400) is None
+    assert cost_of_retraining(msgspec.structs.replace(result, epochs=result.epochs[:2]), 400) is None
+    assert cost_of_retraining(result, 0) is None
+
+
+def test_the_newest_cost_counts_most() -> None:
+    costs = [CostModel(startup_s=s, seconds_per_sample=0.001, validation_s=0.1) for s in (4.0, 1.0)]
+    assert mean_cost(costs).startup_s == pytest.approx(3.0)
+    with pytest.raises(ValueError, match="no cost"):
+        mean_cost([])
