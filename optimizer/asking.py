@@ -197,7 +197,7 @@ class Asker:
         state.trial_room = question.trial_room
         # What ended while the planner was thinking has ended for this plan too.
         state.ended = [s.stream_id for s in state.streams.values() if s.settled and s.stream_id in profiles]
-        self._emit.publish(plan_solved(state, question.phase, question.reason, plan, verdict))
+        self._emit.publish(plan_solved(state, question.phase, question.reason, plan, verdict, question.problem))
 
     def _halved(self, share: float) -> float:
         """Half of a share, in whole quanta."""

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from optimizer import questions
-from optimizer.following import ended_in, planned_shares, retraining, served, serving_job_id
+from optimizer import moving, questions
+from optimizer.following import ended_in, planned_shares, retraining, served
 from optimizer.retrain_jobs import new_job
 from optimizer.state import ExecutorState, Leaving, Retraining, RunningRetrain, SiteState, StreamState
 from protocol.schema import StreamSpec
@@ -50,6 +50,7 @@ class Carrier:
         old, config = stream.serving_executor, stream.serving_config
         stream.leaving = None
         if old in self._executors and config is not None:
+            moving.begin(stream, now)
             stream.leaving = Leaving(executor_id=old, config=config, share=stream.serving_share, since_s=now)
 
     def let_go(self, now: float) -> None:
@@ -61,12 +62,11 @@ class Carrier:
             leaving = stream.leaving
             if leaving is None:
                 continue
-            home = self._executors.get(stream.serving_executor)
-            job_id = serving_job_id(stream.stream_id)
-            ready = home is not None and any(w.job_id == job_id and w.state == "ready" for w in home.workers)
+            ready = moving.is_ready(stream, self._executors)
             if ready or leaving.executor_id == stream.serving_executor or now - leaving.since_s > _MOVE_S:
                 stream.leaving = None
         self._make_room()
+        moving.note_moves(self._state, self._executors, now)
 
     def _make_room(self) -> None:
         """Old places stay only as far as there is room beside the plan: a GPU is never promised more than it has."""

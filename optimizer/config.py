@@ -143,9 +143,10 @@ class SiteConfig(Record, frozen=True, kw_only=True):
     ``deadline_s``: a plan is there this long after it was asked for, whatever the solver does.
     ``min_executors``: the first window waits for so many. ``replan_s``: with less than this left in a
     window nothing is planned anew. ``migration_s`` and ``config_change_s``: seconds of a stream's accuracy that moving
-    it to another GPU, or changing its inference configuration, is reckoned to cost. ``heartbeat_s`` and
-    ``silence_s``: an executor that is silent for ``silence_s`` counts as lost. ``planning_quantile``: plans are made
-    on this quantile of every uncertain gain; 0.5 = what is expected, less = cautious.
+    it to another GPU, or changing its inference configuration, is reckoned to cost until it was measured
+    (optimizer/moving.py). ``heartbeat_s`` and ``silence_s``: an executor that is silent for ``silence_s`` counts as
+    lost. ``planning_quantile``: plans are made on this quantile of every uncertain gain; 0.5 = what is expected, less =
+    cautious.
     """
 
     name: Name

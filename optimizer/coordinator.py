@@ -15,7 +15,7 @@ from typing import Literal
 
 import msgspec
 
-from optimizer import demands, latencies, questions
+from optimizer import demands, latencies, moving, questions
 from optimizer.asking import WINDOW_PHASES, Asker
 from optimizer.carrying import Carrier
 from optimizer.closing import Closer
@@ -33,6 +33,7 @@ from optimizer.ports import (
     ExecutorGone,
     ExecutorJoined,
     Finish,
+    HandedOver,
     Input,
     Measured,
     Output,
@@ -116,6 +117,9 @@ class Coordinator:
                 return self._measured_latency(measured)
             case Progressed(event=progress):
                 self._corrector.progressed(progress, now)
+            case HandedOver(event=hand_over):
+                if hand_over.stream_id in self._specs:
+                    moving.note_hand_over(self.state, hand_over, self._specs[hand_over.stream_id])
             case CloudDone(job_id=job_id, result=result):
                 self._retrained(m.RetrainDone(event_id=0, executor_id="cloud", job_id=job_id, result=result), now)
             case Tick():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from protocol.events import RetrainProgress, StreamAccuracy, TelemetryEvent
+from protocol.events import RetrainProgress, StreamAccuracy, TelemetryEvent, WorkerChanged
 from protocol.messages import Down, Hello, RetrainJob, Up
 from protocol.plan import Plan, Problem, StreamProfile
 from protocol.schema import (
@@ -61,6 +61,12 @@ class Progressed(Record, frozen=True, kw_only=True):
     event: RetrainProgress
 
 
+class HandedOver(Record, frozen=True, kw_only=True):
+    """A stream was handed over from one worker to another, as telemetry tells."""
+
+    event: WorkerChanged
+
+
 class CloudDone(Record, frozen=True, kw_only=True):
     """The model of a retraining in the cloud is there."""
 
@@ -72,7 +78,7 @@ class Tick(Record, frozen=True, kw_only=True):
     """Time has passed."""
 
 
-Input = ExecutorJoined | ExecutorGone | Received | Solved | Measured | Progressed | CloudDone | Tick
+Input = ExecutorJoined | ExecutorGone | Received | Solved | Measured | Progressed | HandedOver | CloudDone | Tick
 
 # ---------------------------------------------------------------- out
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from optimizer import demands, latencies
+from optimizer import demands, latencies, moving
 from optimizer.clouds import what_is_left
 from optimizer.config import SiteConfig
 from optimizer.degrading import least
@@ -140,13 +140,14 @@ def make_problem(
         )
         for executor_id, executor in sorted(executors.items())
     )
+    change_s, move_s = moving.prices(state, site)
     return Problem(
         window_s=horizon_s,
         gpus=gpus,
         streams=streams,
         share_quantum=site.share_quantum,
-        config_change_s=site.config_change_s,
-        migration_s=site.migration_s,
+        config_change_s=change_s,
+        migration_s=move_s,
         planning_quantile=site.planning_quantile,
         links=links,
     )

@@ -21,6 +21,7 @@ from optimizer.ports import (
     ExecutorGone,
     ExecutorJoined,
     Finish,
+    HandedOver,
     Input,
     Measured,
     Output,
@@ -38,7 +39,7 @@ from optimizer.recorder import RunFolder
 from optimizer.state import SiteState, StreamState
 from protocol import messages as m
 from protocol.errors import PlanError, ProtocolError
-from protocol.events import RetrainProgress, StreamAccuracy, TelemetryEvent
+from protocol.events import RetrainProgress, StreamAccuracy, TelemetryEvent, WorkerChanged
 from protocol.liveness import Liveness
 from protocol.logs import line
 from protocol.plan import Plan
@@ -233,6 +234,8 @@ class Service:
             self._waiting.append(Measured(event=event))
         elif isinstance(event, RetrainProgress):
             self._waiting.append(Progressed(event=event))
+        elif isinstance(event, WorkerChanged) and event.change == "handed_over":
+            self._waiting.append(HandedOver(event=event))
         if self._on_event is not None:
             self._on_event(event)
 

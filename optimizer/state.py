@@ -142,6 +142,13 @@ class Leaving(msgspec.Struct, frozen=True, kw_only=True):
     since_s: float
 
 
+class Moving(msgspec.Struct, frozen=True, kw_only=True):
+    """A move to another GPU whose new place is not ready yet. ``let_go_s``: when the old one was given up already."""
+
+    since_s: float
+    let_go_s: float | None = None
+
+
 class StreamState(msgspec.Struct, kw_only=True):
     """One stream. ``stage``: how far its profiling is. ``profile``: this window's estimates.
 
@@ -183,6 +190,7 @@ class StreamState(msgspec.Struct, kw_only=True):
     serving_config: InferenceConfig | None = None
     serving_share: float = 0.0
     leaving: Leaving | None = None
+    moving: Moving | None = None
     predicted: float | None = None
     earned_s: float = 0.0
     shortfall: float = 0.0
@@ -213,9 +221,9 @@ class SiteState(msgspec.Struct, kw_only=True):
     ``pipeline``: the labelling, trial or bootstrap job that each executor runs now, since ``pipeline_since``.
     ``room_made``: the inference jobs have been planned so that profiling has its share, ``profiling_share``;
     ``beside_share``: its share beside a plan; ``trial_room``: what the plan in force keeps free for it per executor.
-    ``watch_share`` is kept
-    free where new models are compared. ``shed``: streams that are not served because there is no room for them.
-    ``links_s``: until when transfers to and from the cloud are accounted for.
+    ``watch_share`` is kept free where new models are compared. ``shed``: streams that are not served because there is no
+    room for them. ``links_s``: until when transfers to and from the cloud are accounted for. ``move_costs_s``,
+    ``change_costs_s``: what the last moves to another GPU and hand-overs on one cost, seconds.
     """
 
     site: str
@@ -237,6 +245,8 @@ class SiteState(msgspec.Struct, kw_only=True):
     trial_room: dict[str, float] = {}
     watch_share: float = 0.0
     links_s: float = 0.0
+    move_costs_s: list[float] = []
+    change_costs_s: list[float] = []
     shed: list[str] = []
     clock_s: float = 0.0
     clock_wall_s: float = 0.0

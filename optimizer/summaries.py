@@ -8,7 +8,7 @@ from optimizer.account import Tally
 from optimizer.objective import Verdict
 from optimizer.state import SiteState, StreamState
 from protocol.events import PlannedStream, PlanSolved, StreamWindow
-from protocol.plan import Assignment, Plan
+from protocol.plan import Assignment, Plan, Problem
 
 
 def plan_solved(
@@ -17,6 +17,7 @@ def plan_solved(
     reason: str,
     plan: Plan,
     verdict: Verdict,
+    problem: Problem,
 ) -> PlanSolved:
     """What a chosen plan says, stream by stream, with the judge's value."""
     predicted = {stream.stream_id: stream.value for stream in verdict.streams}
@@ -34,6 +35,8 @@ def plan_solved(
         seconds=report.seconds,
         detail=report.detail,
         streams=tuple(_planned(a, predicted.get(a.stream_id, 0.0)) for a in plan.assignments),
+        config_change_s=problem.config_change_s,
+        migration_s=problem.migration_s,
     )
 
 

@@ -62,7 +62,8 @@ class StreamWindow(Record, frozen=True, kw_only=True):
 
 
 class PlanSolved(Event, frozen=True, kw_only=True, tag="plan_solved"):
-    """A plan was chosen. ``phase``: profiling (while labels and trials run), plan, replan."""
+    """A plan was chosen. ``phase``: profiling (before anything can be retrained), plan, replan. ``config_change_s`` and
+    ``migration_s``: the prices that it was made with, from what changes and moves were measured to cost."""
 
     window: int
     revision: int
@@ -76,6 +77,8 @@ class PlanSolved(Event, frozen=True, kw_only=True, tag="plan_solved"):
     seconds: Seconds
     detail: str
     streams: tuple[PlannedStream, ...]
+    config_change_s: Seconds = 0.0
+    migration_s: Seconds = 0.0
 
 
 class PlannedStream(Record, frozen=True, kw_only=True):
