@@ -26,8 +26,8 @@ from optimizer.degrading import notice_conditions
 from optimizer.dispatching import Dispatcher
 from optimizer.drifts import Drifts
 from optimizer.emitter import Emitter
-from optimizer.following import serving_job_id, used_shares
-from optimizer.pipeline import FIRST, LEAST_SHARE, MEASURING, TRIALS, Pipeline
+from optimizer.following import serving_job_id
+from optimizer.pipeline import Pipeline
 from optimizer.ports import (
     CloudDone,
     ExecutorGone,
@@ -43,6 +43,7 @@ from optimizer.ports import (
     Solved,
     Tick,
 )
+from optimizer.profiling import Profiling
 from optimizer.state import ExecutorState, SiteState, StreamState
 from optimizer.watching import Watcher
 from optimizer.windows import opens
@@ -80,6 +81,9 @@ class Coordinator:
         self._adopt_until_s = adopt_until_s
         self._emit = Emitter()
         self._asker = Asker(site, state, self.executors, self._emit, tuple(links))
+        self._profiling = Profiling(
+            site, state, self._specs, self.executors, self._pipeline, self._asker, self._emit, num_windows
+        )
         self._carrier = Carrier(state, self._specs, self.executors)
         self._watcher = Watcher(site, state, self._specs, self.executors, profiler, self._emit, self._asker.want)
         self._drifts = Drifts(site, state, self._emit, self._asker.want, self._settle)
@@ -142,7 +146,7 @@ class Coordinator:
                 self._clouds.follow()
                 self._clouds.dispatch()
                 self._drifts.assign(self._pipeline, self.executors, now)
-                self._assign_trials(now)
+                self._profiling.beside_plans(now)
                 self._watcher.assign(now)
                 self._dispatcher.dispatch(now)
         return self._emit.take()
@@ -405,7 +409,7 @@ class Coordinator:
         if state.phase in WINDOW_PHASES and now >= self.window_end_s():
             self._end_window(now)
         if state.phase == "profiling" and state.room_made and not self._asker.waiting:
-            self._profile(now)
+            self._profiling.before_plan(now)
         self._closer.close_due(now)
         if state.phase == "finished" and not self._closer.waiting and not self._over:
             self._finish(0, f"{state.window + 1} windows are done")
@@ -444,7 +448,7 @@ class Coordinator:
             stream.predicted, stream.earned_s, stream.alarm = None, 0.0, None
             stream.penalties = {name: last for name, last in stream.penalties.items() if last >= window}
         # The first window is planned on what the bootstrap has just measured, any other at once where labels are there.
-        known = self._pipeline.finished(FIRST) and self.site.profiling.beside
+        known = self._profiling.is_ahead()
         state.phase = "planning" if first or not opening or known else "profiling"
         state.room_made = state.phase == "planning"
         for executor in self.executors.values():
@@ -474,50 +478,6 @@ class Coordinator:
         # Windows follow one another without a gap, unless the optimizer was away for longer than one.
         end = self.window_end_s()
         self._open_window(state.window + 1, end if now - end < self.site.window_s else now)
-
-    def _profile(self, now: float) -> None:
-        """Run the pipeline in the room made for it; plan when it is through, or has had its head start."""
-        profiling, beside = self.site.profiling, self.site.profiling.beside
-        stages = FIRST if beside else None
-        if self.state.profiling_share > 0.0:
-            self._pipeline.assign(self.executors, now, share=self.state.profiling_share, stages=stages)
-        else:
-            self._emit.notice("warning", "the streams leave no room for profiling; the last estimates are used")
-            self._pipeline.cut_off()
-        part = profiling.head_start if beside else profiling.limit
-        over = now - self.state.window_opened_s > part * self.site.window_s
-        if over and not beside and not self._pipeline.finished():
-            self._emit.notice("warning", f"profiling was cut off after {part:.0%} of the window")
-            self._pipeline.cut_off()
-        if (over and beside) or self._pipeline.finished(stages):
-            self.state.phase = "planning"
-            self._asker.want("profiled" if self._pipeline.finished() else "the window is planned, trials go on beside")
-
-    def _assign_trials(self, now: float) -> None:
-        """Beside a plan: labels and trials in the share that it keeps free, those of the next window in the rest."""
-        state, profiling = self.state, self.site.profiling
-        if state.phase not in WINDOW_PHASES:
-            return
-        self._pipeline.fit(used_shares(state, self.executors))
-        if state.phase == "profiling" or state.plan is None or not profiling.beside:
-            return
-        told = self._pipeline.drop_overdue(now)
-        if told:
-            self._emit.add(*told)
-            self._asker.want("profiling was cut off")
-        following, left_s = state.window + 1, self.window_end_s() - now
-        last = self._num_windows is not None and following >= self._num_windows
-        if state.phase == "executing" and left_s <= profiling.ahead * self.site.window_s and not last:
-            opening = [name for name, spec in self._specs.items() if opens(spec, following)]
-            self._pipeline.label_ahead(following, opening)
-        used = used_shares(state, self.executors)
-        ahead = any(stream.ahead > state.window for stream in state.streams.values())
-        for executor_id, executor in sorted(self.executors.items()):
-            left = 1.0 - used[executor_id]
-            room = left if ahead else min(left, self._asker.room_for_trials(executor_id))
-            for share, stages in ((min(room, profiling.share), FIRST if ahead else TRIALS), (left, MEASURING)):
-                if share >= LEAST_SHARE:
-                    self._pipeline.assign({executor_id: executor}, now, min(share, profiling.share), stages)
 
     def _finish(self, exit_code: int, reason: str) -> None:
         for executor_id in self.executors:

@@ -221,8 +221,8 @@ class SiteState(msgspec.Struct, kw_only=True):
     ``pipeline``: the labelling, trial or bootstrap job that each executor runs now, since ``pipeline_since``.
     ``room_made``: the inference jobs have been planned so that profiling has its share, ``profiling_share``;
     ``beside_share``: its share beside a plan; ``trial_room``: what the plan in force keeps free for it per executor.
-    ``watch_share`` is kept free where new models are compared. ``shed``: streams that are not served because there is no
-    room for them. ``links_s``: until when transfers to and from the cloud are accounted for. ``move_costs_s``,
+    ``watch_share`` is kept free where new models are compared. ``shed``: streams that are not served because there is
+    no room for them. ``links_s``: until when transfers to and from the cloud are accounted for. ``move_costs_s``,
     ``change_costs_s``: what the last moves to another GPU and hand-overs on one cost, seconds.
     """
 

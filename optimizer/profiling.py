@@ -1,0 +1,94 @@
+"""When labels and trials run, and at what share: before the window is planned, or beside its plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from optimizer.asking import WINDOW_PHASES, Asker
+from optimizer.config import SiteConfig
+from optimizer.emitter import Emitter
+from optimizer.following import used_shares
+from optimizer.pipeline import FIRST, LEAST_SHARE, MEASURING, TRIALS, Pipeline
+from optimizer.state import ExecutorState, SiteState
+from optimizer.windows import opens
+from protocol.schema import StreamSpec
+
+
+class Profiling:
+    """Gives the pipeline its executors and shares. ``num_windows`` None = for ever."""
+
+    def __init__(
+        self,
+        site: SiteConfig,
+        state: SiteState,
+        specs: Mapping[str, StreamSpec],
+        executors: Mapping[str, ExecutorState],
+        pipeline: Pipeline,
+        asker: Asker,
+        emit: Emitter,
+        num_windows: int | None,
+    ) -> None:
+        self._site = site
+        self._state = state
+        self._specs = specs
+        self._executors = executors
+        self._pipeline = pipeline
+        self._asker = asker
+        self._emit = emit
+        self._num_windows = num_windows
+
+    def is_ahead(self) -> bool:
+        """Whether all that a window's first plan needs was made before it opened."""
+        return self._site.profiling.beside and self._pipeline.finished(FIRST)
+
+    def before_plan(self, now: float) -> None:
+        """Run the pipeline in the room made for it; plan when it is through, or has had its head start."""
+        state, profiling = self._state, self._site.profiling
+        stages = FIRST if profiling.beside else None
+        if state.profiling_share > 0.0:
+            self._pipeline.assign(self._executors, now, share=state.profiling_share, stages=stages)
+        else:
+            self._emit.notice("warning", "the streams leave no room for profiling; the last estimates are used")
+            self._pipeline.cut_off()
+        part = profiling.head_start if profiling.beside else profiling.limit
+        over = now - state.window_opened_s > part * self._site.window_s
+        if over and not profiling.beside and not self._pipeline.finished():
+            self._emit.notice("warning", f"profiling was cut off after {part:.0%} of the window")
+            self._pipeline.cut_off()
+        if (over and profiling.beside) or self._pipeline.finished(stages):
+            state.phase = "planning"
+            through = self._pipeline.finished()
+            self._asker.want("profiled" if through else "the window is planned, trials go on beside")
+
+    def beside_plans(self, now: float) -> None:
+        """Labels and trials in the share that plans keep free for them; measurements, and the labels of the next
+        window, in what they leave over."""
+        state, profiling = self._state, self._site.profiling
+        if state.phase not in WINDOW_PHASES:
+            return
+        self._pipeline.fit(used_shares(state, self._executors))
+        if state.phase == "profiling" or state.plan is None or not profiling.beside:
+            return
+        told = self._pipeline.drop_overdue(now)
+        if told:
+            self._emit.add(*told)
+            self._asker.want("profiling was cut off")
+        self._look_ahead(now)
+        used = used_shares(state, self._executors)
+        ahead = any(stream.ahead > state.window for stream in state.streams.values())
+        for executor_id, executor in sorted(self._executors.items()):
+            left = 1.0 - used[executor_id]
+            room = left if ahead else min(left, self._asker.room_for_trials(executor_id))
+            for share, stages in ((room, FIRST if ahead else TRIALS), (left, MEASURING)):
+                if share >= LEAST_SHARE:
+                    self._pipeline.assign({executor_id: executor}, now, min(share, profiling.share), stages)
+
+    def _look_ahead(self, now: float) -> None:
+        """Shortly before the window ends the labels of the next one begin."""
+        state, following = self._state, self._state.window + 1
+        left_s = state.window_opened_s + self._site.window_s - now
+        if state.phase != "executing" or left_s > self._site.profiling.ahead * self._site.window_s:
+            return
+        if self._num_windows is None or following < self._num_windows:
+            opening = [name for name, spec in self._specs.items() if opens(spec, following)]
+            self._pipeline.label_ahead(following, opening)
