@@ -157,7 +157,7 @@ def choose_trials(
     pruned = set() if revived else _far_from_front(groups, history, knobs)
     order = sorted((k for k in groups if k not in pruned), key=lambda k: (-_age(k, history), -_promise(k, history)))
     if prospect is not None:
-        order = _worth_trying(order, prospect, costs, dataset, num_samples, epochs, knobs)
+        order = worth_trying(order, prospect, costs, dataset, num_samples, epochs, knobs)
     more = min(dataset.num_train, max(num_samples, knobs.max_samples))
     few = max(min(knobs.min_epochs, epochs), 1)
     measuring = _inference_seconds(inference, history, label_s_per_frame) * knobs.min_frames
@@ -180,7 +180,7 @@ def choose_trials(
     )
 
 
-def _worth_trying(
+def worth_trying(
     order: Sequence[GroupKey],
     prospect: Prospect,
     costs: dict[GroupKey, CostModel],

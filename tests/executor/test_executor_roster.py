@@ -133,6 +133,15 @@ def test_a_shrunk_share_is_free_only_when_the_worker_has_read_the_order() -> Non
     assert roster.views()[0].share_held == 0.1
 
 
+def test_a_share_that_the_kernel_takes_away_is_free_at_once() -> None:
+    roster = Roster("e1", "g1", Outbox(), POLICY, shrinks_at_once=True)
+    job = model.retraining(share=0.5)
+    begin(roster, job)
+    roster.carry_out(Tell(job_id=job.job_id, command=SetShare(share=0.1)), 1.0)
+    (view,) = roster.views()
+    assert view.share_held == pytest.approx(0.1)
+
+
 def test_a_refused_checkpoint_does_not_come_back_with_a_restart() -> None:
     roster, _ = make()
     worker = begin(roster, model.inference(version=1))

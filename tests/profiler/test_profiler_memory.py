@@ -19,7 +19,7 @@ from profiler.records import Outcome, StreamHistory, WindowHistory
 from profiler.service import SiteProfiler
 from profiler.shares import ShareRun, fit_share_curve
 from protocol.events import StreamAccuracy
-from protocol.schema import Record, RetrainConfig, RetrainRun
+from protocol.schema import EpochResult, Record, RetrainConfig, RetrainRun
 from tests.profiler.profiler_world import INFERENCE, RETRAIN, SPEC, World
 
 _SCHEMA_1 = """
@@ -172,6 +172,34 @@ def _one_window(world: World, *, trial_of: object, outcome: Outcome) -> StreamHi
     )
     row = WindowHistory(window=0, trial=trial_of, estimate=estimate, outcomes=(outcome,))
     return StreamHistory(stream_id="north", windows=(row,))
+
+
+def test_trials_that_come_in_pieces_are_one_window_of_experience(tmp_path: Path) -> None:
+    world = World(5)
+    whole, pieces = profiler(tmp_path / "whole.sqlite"), profiler(tmp_path / "pieces.sqlite")
+    for site in (whole, pieces):
+        play(site, World(3), range(2))
+    trial, dataset = world.trial(2, (RETRAIN[4], RETRAIN[10])), world.dataset(2)
+    look = msgspec.structs.replace(trial, retrain=(), inference=())
+    pieces.estimate(SPEC, look, dataset)
+    pieces.estimate(SPEC, msgspec.structs.replace(trial, inference=()), dataset)
+    assert pieces.estimate(SPEC, trial, dataset) == whole.estimate(SPEC, trial, dataset)
+
+
+def test_the_next_cost_is_what_the_retraining_of_its_kind_took_and_not_what_the_trial_let_expect(
+    tmp_path: Path,
+) -> None:
+    site, world, config = profiler(tmp_path / "h.sqlite"), World(7), RETRAIN[4]
+    site.estimate(SPEC, world.trial(0, (RETRAIN[4], RETRAIN[10])), world.dataset(0))
+    result = world.outcome(0, config).result
+    epochs = tuple(EpochResult(epoch=e, accuracy=0.7, loss=1.0, busy_s=0.3) for e in range(config.epochs + 1))
+    result = msgspec.structs.replace(result, epochs=epochs, busy_s=4.0 + 0.3 * config.epochs)
+    work_s = 4.2 + 0.3 * config.epochs
+    run = RetrainRun(executor_id="a", device="cpu/pacing", share=0.5, elapsed_s=2 * work_s, work_s=work_s)
+    site.retrained(SPEC, result, 0.8, 1.0, True, run=run)
+    found = site.estimate(SPEC, world.trial(1, (RETRAIN[4], RETRAIN[10])), world.dataset(1))
+    cost = next(p.gpu_seconds for p in found.retrain if p.retrain_id == config.config_id)
+    assert cost == pytest.approx(work_s, rel=0.05)
 
 
 # ---------------------------------------------------------------- phi

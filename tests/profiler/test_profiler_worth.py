@@ -10,9 +10,9 @@ import pytest
 from profiler.costs import CostModel, group_key
 from profiler.intervals import PastError, Z, factor
 from profiler.records import ConfigEstimate
-from profiler.trials import Budget
+from profiler.trials import Budget, Prospect, TrialKnobs, worth_trying
 from profiler.worth import expected_gain, mix_distance, trial_worths
-from protocol.schema import RetrainConfig
+from protocol.schema import DatasetRef, RetrainConfig
 
 COST = CostModel(startup_s=0.1, seconds_per_sample=0.001, validation_s=0.02)
 
@@ -79,6 +79,31 @@ def test_a_retraining_that_fills_the_window_is_not_worth_a_trial() -> None:
 def test_a_price_on_gpu_seconds_takes_a_dear_configuration_out_of_the_race() -> None:
     rows = row("cheap", 0.001, 0.70, 0.05, seconds=5.0), row("dear", 0.002, 0.76, 0.05, seconds=60.0)
     assert worths(*rows, price=1.0)["dear"] < worths(*rows)["dear"]
+
+
+def prospect(*rows: ConfigEstimate, **changes: float) -> Prospect:
+    return Prospect(expected=rows, accuracy_now=0.6, window_s=200.0, **changes)
+
+
+def test_a_trial_that_a_retraining_waits_for_costs_what_the_stream_loses_meanwhile() -> None:
+    alone = prospect(row("a", 0.001, 0.8, 0.05), row("b", 0.002, 0.7, 0.05))
+    assert alone.cost(4.0) == 0.0
+    waited = prospect(row("a", 0.001, 0.8, 0.05), row("b", 0.002, 0.7, 0.05), wait_share=0.2)
+    # 4 s at a fifth of a GPU are 20 s of 200 without the 0.2 that the best one is expected to bring.
+    assert waited.cost(4.0) == pytest.approx(0.2 * 20.0 / 200.0)
+    hopeless = prospect(row("a", 0.001, 0.5, 0.05), wait_share=0.2)
+    assert hopeless.cost(4.0) == 0.0, "nothing is lost by waiting where nothing helps"
+    assert prospect(row("a", 0.001, 0.8, 0.05), wait_share=0.2, price=1.0).cost(4.0) > waited.cost(4.0)
+
+
+@pytest.mark.parametrize("wait_share", [None, 0.5, 0.01])
+def test_what_is_not_worth_waiting_for_is_not_tried(wait_share: float | None) -> None:
+    rows = row("a", 0.001, 0.80, 0.08), row("b", 0.002, 0.78, 0.08)
+    costs = {group_key(r.config): COST for r in rows}
+    expected = prospect(*rows) if wait_share is None else prospect(*rows, wait_share=wait_share)
+    dataset = DatasetRef(path="d", stream_id="s", window=1, num_train=300, num_validation=60, class_counts=(150, 150))
+    found = worth_trying(list(costs), expected, costs, dataset, 64, 4, TrialKnobs())
+    assert bool(found) == (wait_share != 0.01), "at a hundredth of a GPU a trial costs more than it can bring"
 
 
 def test_class_mixes_that_differ_by_chance_alone_have_hardly_any_distance() -> None:
