@@ -11,6 +11,8 @@ import hashlib
 import math
 from collections.abc import Sequence
 
+import msgspec
+
 from optimizer.config import BootstrapConfig, GateConfig, ProfilingConfig, SiteConfig
 from optimizer.ports import GateEvidence
 from optimizer.simulator import exact_votes
@@ -111,7 +113,11 @@ class TraceSite:
             share_quantum=knobs.share_quantum,
             bootstrap=BootstrapConfig(seconds=1.0),
             # What costs nothing needs no room, but the coordinator's form wants a share.
-            profiling=ProfilingConfig() if knobs.profiling else ProfilingConfig(share=knobs.share_quantum),
+            # A trace's windows begin with a step: nothing of one can be known before it opens, nor be tried beside it.
+            profiling=msgspec.structs.replace(
+                ProfilingConfig(when="before"),
+                share=ProfilingConfig().share if knobs.profiling else knobs.share_quantum,
+            ),
             gate=gate,
             migration_s=0.0,
             planning_quantile=knobs.planning_quantile,

@@ -12,7 +12,16 @@ import psutil
 import pytest
 
 from optimizer.report import read_events
-from protocol.events import ExecutorChanged, PlanSolved, StreamAccuracy, WindowClosed, WindowOpened, WorkerChanged
+from protocol.events import (
+    ExecutorChanged,
+    PlanSolved,
+    ProfileEstimated,
+    RetrainFinished,
+    StreamAccuracy,
+    WindowClosed,
+    WindowOpened,
+    WorkerChanged,
+)
 from tests.integration.rig import Rig, all_gone, descendants, wait_for
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(240)]
@@ -79,6 +88,31 @@ def test_a_killed_executor_leaves_no_orphan_and_its_successor_takes_over(rig: Ri
     wait_for("both streams are served again", lambda: serving(rig, at + 0.5), 40)
     assert optimizer.poll() is None
     assert [e.change for e in rig.events(ExecutorChanged)].count("joined") == 2
+
+
+def test_an_executor_that_dies_in_the_middle_of_a_trial_holds_no_stream_up(rig: Rig) -> None:
+    """Labels and trials run beside the plan; what was lost with the executor is made again by its successor."""
+    optimizer, executor = rig.optimizer("--windows", "3"), rig.executor()
+    wait_for("both streams are served", lambda: serving(rig), 90)
+
+    def tried() -> bool:
+        started = [e for e in rig.events(WorkerChanged) if e.kind in ("label", "trial") and e.change == "started"]
+        return any("/w1" in e.job_id for e in started)
+
+    wait_for("a label or trial job of the second window runs", tried, 60)
+    executor.kill()
+    executor.wait()
+    rig.executor()
+    assert optimizer.wait(90) == 0
+    assert [e.window for e in rig.events(WindowClosed)] == [0, 1, 2]
+    profiled = [e for e in rig.events(ProfileEstimated) if e.window > 0]
+    assert {e.stream_id for e in profiled} == {"north", "south"}
+    looked = {(e.window, e.stream_id): e.site_s for e in reversed(profiled) if e.stage == "check"}
+    assert looked, "the serving model was looked at on new labels"
+    for ended in rig.events(RetrainFinished):
+        key = (ended.window, ended.stream_id)
+        if key in looked and ended.elapsed_s is not None:
+            assert ended.site_s - ended.elapsed_s >= looked[key] - 0.5, "no retraining before its stream was looked at"
 
 
 def test_a_killed_optimizer_comes_back_and_adopts_what_runs(rig: Rig) -> None:
