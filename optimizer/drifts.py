@@ -12,7 +12,7 @@ from optimizer.config import SiteConfig
 from optimizer.drifting import Detector
 from optimizer.emitter import Emitter
 from optimizer.following import used_shares
-from optimizer.pipeline import Pipeline
+from optimizer.pipeline import Pipeline, begin_anew
 from optimizer.state import DriftAlarm, ExecutorState, SiteState, StreamState
 from protocol.events import DriftScored, StreamAccuracy
 
@@ -70,17 +70,19 @@ class Drifts:
 
     def advance(self, now: float) -> None:
         """The frames after an alarm have come: label them; then plan with what was learned."""
-        if self._state.phase != "executing":
+        state = self._state
+        if state.phase != "executing":
             return
-        for stream in self._state.streams.values():
+        for stream in state.streams.values():
             alarm = stream.alarm
-            if alarm is None or stream.stage != "done":
+            if alarm is None or stream.awaits_trial:
                 continue
             if alarm.stage == "profiling":
                 stream.alarm, stream.settled = None, False
                 self._want(f"{stream.stream_id} was profiled after its drift")
             elif now - alarm.since_s >= self._site.drift.label_s:
-                stream.stage, stream.alarm = "label", DriftAlarm(since_s=alarm.since_s, stage="profiling")
+                begin_anew(state, stream)
+                stream.alarm = DriftAlarm(since_s=alarm.since_s, stage="profiling")
                 self._want(f"{stream.stream_id} is profiled after its drift")
 
     def assign(self, pipeline: Pipeline, executors: Mapping[str, ExecutorState], now: float) -> None:
@@ -98,7 +100,7 @@ class Drifts:
         state, config = self._state, self._site.drift
         left = state.window_opened_s + self._site.window_s - now
         worth = config.react and left >= config.least_left * self._site.window_s and stream.alarm is None
-        if not worth or state.phase != "executing" or stream.stage != "done" or stream.stream_id in state.shed:
+        if not worth or state.phase != "executing" or stream.awaits_trial or stream.stream_id in state.shed:
             return
         stream.alarm = DriftAlarm(since_s=now)
         self._settle(stream)

@@ -37,6 +37,14 @@ MEASURING: tuple[Stage, ...] = ("measure",)
 _ORDER: tuple[Stage, ...] = ("check", "train", "trial", "label", "measure")
 
 
+def begin_anew(state: SiteState, stream: StreamState) -> None:
+    """The stream is labelled again in the same window; what of it is being measured says nothing any more."""
+    stream.stage, stream.tried, stream.trials = "label", None, None
+    for executor_id, job in list(state.pipeline.items()):
+        if job.stream.stream_id == stream.stream_id:
+            del state.pipeline[executor_id]
+
+
 class Pipeline:
     """Works on the site's state; remembers nothing itself."""
 
@@ -85,9 +93,10 @@ class Pipeline:
     def label_ahead(self, window: int, opening: Collection[str]) -> None:
         """Begin with the labels of a window that is about to open, of streams that nothing is being tried with."""
         for stream in self._state.streams.values():
-            idle = stream.stage == "done" and stream.alarm is None and stream.checkpoint is not None
+            idle = not stream.awaits_trial and stream.alarm is None and stream.checkpoint is not None
             if idle and stream.stream_id in opening and stream.ahead != window and not stream.degraded:
-                stream.stage, stream.ahead, stream.tried, stream.trials = "label", window, None, None
+                begin_anew(self._state, stream)
+                stream.ahead = window
 
     def fit(self, used: Mapping[str, float]) -> None:
         """Shrink jobs to what is left beside everything else, and drop those that nothing is left for.
