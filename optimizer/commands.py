@@ -260,8 +260,7 @@ def _fresh(out: Path) -> None:
 
 
 def _copy_first_models(first: Path, folder: Path) -> None:
-    # With what the profiler has learned from making them: costs of a site are known before its first window.
-    shutil.copytree(first / "store", folder / "store")
+    shutil.copytree(first / "store", folder / "store", ignore=shutil.ignore_patterns("history.sqlite*"))
     shutil.copy2(first / "state.msgpack", folder / "state.msgpack")
 
 

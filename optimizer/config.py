@@ -50,13 +50,13 @@ class ProfilingConfig(Record, frozen=True, kw_only=True):
     """Labelling and micro-profiling of a window.
 
     ``label_span``: the last part of the previous window, as a fraction of it, that is labelled.
-    ``when``: "beside" = trials are jobs of the plan. Labels are made from the part ``ahead`` before the window's start
-    on, in what plans leave over; what is missing then comes first, for the part ``head_start`` of the window at most,
-    at ``share`` of every GPU. Then the window is planned, and what is still to be labelled, tried or measured goes on
-    beside serving and retraining at ``beside_share`` (``share`` as long as no stream is through); whoever is through
-    has the rest of the window planned anew.
-    "before" = everything is done at ``share`` before the window is planned, and cut off after the part ``limit`` of it.
-    Beside a plan ``limit`` is the longest that one job may take. The paper's method always goes before.
+    ``when``: "beside" = trials are jobs of the plan. Labels are made shortly before the window's start, from the part
+    ``ahead`` before it on at the earliest, in what plans leave over; what is missing then comes first, for the part
+    ``head_start`` of the window at most, at ``share`` of every GPU. Then the window is planned, and what is still to be
+    labelled, tried or measured goes on beside serving and retraining at ``beside_share`` (``share`` as long as no
+    stream is through); whoever is through has the rest of the window planned anew. "before" = everything is done at
+    ``share`` before the window is planned, and cut off after the part ``limit`` of it. Beside a plan ``limit`` is the
+    longest that one job may take. The paper's method always goes before.
     ``data_share``: part of the labelled data a trial trains on. ``budget_gpu_s``: busy
     seconds of a window for the trials of all streams. ``method``: "paper" = the micro-profiler of the paper as it
     stands there (everything is tried for 5 epochs on 10 % of the data, no history, no budget), to compare with.
@@ -70,7 +70,7 @@ class ProfilingConfig(Record, frozen=True, kw_only=True):
     budget_gpu_s: PositiveSeconds = 2.0
     method: Literal["calibrated", "paper"] = "calibrated"
     when: Literal["beside", "before"] = "beside"
-    ahead: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.1
+    ahead: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.2
     head_start: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.1
     beside_share: Share = 0.2
 

@@ -123,6 +123,7 @@ class Pipeline:
         stream.dataset = dataset
         enough = min(dataset.num_train, dataset.num_validation) >= _LEAST_EXAMPLES[self._specs[stream.stream_id].task]
         stream.tried = stream.trials = None
+        stream.first_s = result.seconds if self._state.origin_s is not None else 0.0
         if stream.checkpoint is None:
             stream.stage = "train"
         elif enough:
@@ -154,6 +155,7 @@ class Pipeline:
         profile = self._profiler.estimate(spec, result, stream.dataset)
         self._end(stream)
         if stage == "check":
+            stream.first_s += seconds
             self._choose(stream, result)
         elif stage == "trial" and stream.trials is not None and stream.trials.inference:
             stream.stage = "measure"

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from protocol.schema import Record, RetrainConfig, RetrainResult, RetrainTrial
@@ -24,6 +25,8 @@ from protocol.schema import Record, RetrainConfig, RetrainResult, RetrainTrial
 GroupKey = tuple[int, float, int, float]
 
 MIN_GPU_SECONDS = 1e-3
+# Part of a start-up that does not depend on the data set: the worker and its device.
+FIXED_S = 0.1
 DIVERGED_LOSS = 1e9
 # A forward pass costs one unit; the backward pass of the trained part about two more.
 BACKWARD_UNITS = 2.0
@@ -42,19 +45,39 @@ def group_key(config: RetrainConfig) -> GroupKey:
 
 
 class CostModel(Record, frozen=True, kw_only=True):
-    """Costs of one group, busy seconds at share 1 on a GPU of speed 1."""
+    """Costs of one group, busy seconds at share 1 on a GPU of speed 1.
+
+    ``num_train``: training samples of the data set that they were measured on; reading, validating and what else is
+    done with the whole set grows with it. 0 = not known, or of no matter.
+    """
 
     startup_s: float
     seconds_per_sample: float
     validation_s: float
     prepare_s_per_sample: float = 0.0
     finish_s: float = 0.0
+    num_train: int = 0
+
+    def at(self, num_train: int) -> CostModel:
+        """The same on a data set of another size."""
+        if num_train <= 0 or self.num_train <= 0 or num_train == self.num_train:
+            return self
+        scale = num_train / self.num_train
+        fixed_s = min(self.startup_s, FIXED_S)
+        return msgspec.structs.replace(
+            self,
+            startup_s=fixed_s + scale * (self.startup_s - fixed_s),
+            validation_s=scale * self.validation_s,
+            finish_s=scale * self.finish_s,
+            num_train=num_train,
+        )
 
     def gpu_seconds(self, config: RetrainConfig, num_train: int) -> float:
         """Expected GPU-seconds of a retraining on ``num_train`` samples; always positive."""
+        own = self.at(num_train)
         num_samples = config.data_fraction * num_train
-        per_epoch = self.seconds_per_sample * num_samples + self.validation_s
-        once_s = self.startup_s + self.prepare_s_per_sample * num_samples + self.finish_s
+        per_epoch = own.seconds_per_sample * num_samples + own.validation_s
+        once_s = own.startup_s + own.prepare_s_per_sample * num_samples + own.finish_s
         return max(once_s + config.epochs * per_epoch, MIN_GPU_SECONDS)
 
     def trial_seconds(self, num_samples: int, num_epochs: int) -> float:
@@ -84,6 +107,7 @@ def cost_model(trial: RetrainTrial) -> CostModel | None:
         validation_s=validation_s,
         prepare_s_per_sample=trial.prepare_s / trial.num_samples,
         finish_s=_PASSES * whole_s,
+        num_train=round(trial.total_samples / trial.config.data_fraction),
     )
 
 
@@ -106,20 +130,32 @@ def cost_of_retraining(result: RetrainResult, num_train: int, prepare_s_per_samp
         seconds_per_sample=(epoch_s - validation_s) / _batched(num_samples, result.config),
         validation_s=validation_s,
         prepare_s_per_sample=prepare_s / num_samples,
+        num_train=num_train,
     )
 
 
 def mean_cost(newest_first: Sequence[CostModel]) -> CostModel:
-    """Mean of what was seen, the newest counting twice as much as the one before it. Raises ValueError for none."""
+    """Mean of what was seen, on a data set of the newest one's size; the newest counts twice as much as the one before.
+
+    Raises ValueError for none.
+    """
     if not newest_first:
         raise ValueError("no cost to take the mean of")
-    weights = [0.5**age for age in range(len(newest_first))]
+    newest = newest_first[0]
+    seen = [cost.at(newest.num_train) for cost in newest_first]
+    weights = [0.5**age for age in range(len(seen))]
 
-    def mean(name: str) -> float:
-        seen = (weight * float(getattr(cost, name)) for weight, cost in zip(weights, newest_first, strict=True))
-        return sum(seen) / sum(weights)
+    def mean(values: Iterable[float]) -> float:
+        return sum(weight * value for weight, value in zip(weights, values, strict=True)) / sum(weights)
 
-    return CostModel(**{name: mean(name) for name in CostModel.__struct_fields__})
+    return CostModel(
+        startup_s=mean(cost.startup_s for cost in seen),
+        seconds_per_sample=mean(cost.seconds_per_sample for cost in seen),
+        validation_s=mean(cost.validation_s for cost in seen),
+        prepare_s_per_sample=mean(cost.prepare_s_per_sample for cost in seen),
+        finish_s=mean(cost.finish_s for cost in seen),
+        num_train=newest.num_train,
+    )
 
 
 def _batched(num_samples: int, config: RetrainConfig) -> float:
@@ -149,6 +185,7 @@ def neighbour_cost(key: GroupKey, measured: Mapping[GroupKey, CostModel]) -> Cos
         seconds_per_sample=max(predicted, 0.25 * float(seconds.min())),
         validation_s=statistics.median(m.validation_s for m in measured.values()),
         finish_s=statistics.median(m.finish_s for m in measured.values()),
+        num_train=round(statistics.median(m.num_train for m in measured.values())),
     )
 
 

@@ -29,6 +29,7 @@ SCHEMA_VERSION = 4
 MAX_WINDOWS = 20
 MAX_OUTCOMES = 400
 _NEWEST_WEIGHT = 0.25
+_COST = "startup_s, seconds_per_sample, validation_s, prepare_s, finish_s, num_train"
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS windows (
@@ -51,8 +52,8 @@ CREATE TABLE IF NOT EXISTS datasets (
     PRIMARY KEY (run, stream, window));
 CREATE TABLE IF NOT EXISTS costs (
     config_group TEXT NOT NULL, device TEXT NOT NULL, startup_s REAL NOT NULL, seconds_per_sample REAL NOT NULL,
-    validation_s REAL NOT NULL, prepare_s REAL NOT NULL, finish_s REAL NOT NULL, num INTEGER NOT NULL,
-    time_s REAL NOT NULL, PRIMARY KEY (config_group, device));
+    validation_s REAL NOT NULL, prepare_s REAL NOT NULL, finish_s REAL NOT NULL, num_train INTEGER NOT NULL,
+    num INTEGER NOT NULL, time_s REAL NOT NULL, PRIMARY KEY (config_group, device));
 CREATE TABLE IF NOT EXISTS share_curves (
     device TEXT NOT NULL PRIMARY KEY, points TEXT NOT NULL, exponent REAL NOT NULL, error REAL NOT NULL,
     num INTEGER NOT NULL, time_s REAL NOT NULL);
@@ -173,25 +174,18 @@ class History:
         """Keep a measured cost; the mean with what was known, the newest counting for at least a quarter."""
         with self._guard() as db:
             text = json.dumps(key)
-            found = db.execute(
-                "SELECT startup_s, seconds_per_sample, validation_s, prepare_s, finish_s, num FROM costs "
-                "WHERE config_group = ? AND device = ?",
-                (text, device),
+            row = db.execute(
+                f"SELECT {_COST}, num FROM costs WHERE config_group = ? AND device = ?", (text, device)
             ).fetchone()
-            new: tuple[float, ...] = (
-                cost.startup_s,
-                cost.seconds_per_sample,
-                cost.validation_s,
-                cost.prepare_s_per_sample,
-                cost.finish_s,
-            )
-            num = 0
-            if found is not None:
-                num = int(found[5])
+            new, num = _cost_row(cost), 0
+            if row is not None:
+                num = int(row[-1])
                 weight = max(1.0 / (num + 1), _NEWEST_WEIGHT)
-                new = tuple(old + weight * (now - old) for old, now in zip(found[:5], new, strict=True))
+                known = _cost_row(_cost(row[:-1]).at(cost.num_train))
+                new = (*(k + weight * (n - k) for k, n in zip(known[:-1], new[:-1], strict=True)), cost.num_train)
             db.execute(
-                "INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)", (text, device, *new, num + 1, time_s)
+                "INSERT OR REPLACE INTO costs VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                (text, device, *new, num + 1, time_s),
             )
 
     def record_share_curve(self, device: str, curve: ShareCurve, *, time_s: float) -> None:
@@ -242,20 +236,9 @@ class History:
     def costs(self, device: str = "") -> dict[GroupKey, CostModel]:
         """Costs known at the site by group of configurations, of one kind of device."""
         found: dict[GroupKey, CostModel] = {}
-        for text, *values in self._rows(
-            "SELECT config_group, startup_s, seconds_per_sample, validation_s, prepare_s, finish_s FROM costs "
-            "WHERE device = ?",
-            device,
-        ):
+        for text, *values in self._rows(f"SELECT config_group, {_COST} FROM costs WHERE device = ?", device):
             batch_size, trained_fraction, head_width, learning_rate = json.loads(text)
-            startup_s, seconds_per_sample, validation_s, prepare_s, finish_s = values
-            found[batch_size, trained_fraction, head_width, learning_rate] = CostModel(
-                startup_s=startup_s,
-                seconds_per_sample=seconds_per_sample,
-                validation_s=validation_s,
-                prepare_s_per_sample=prepare_s,
-                finish_s=finish_s,
-            )
+            found[batch_size, trained_fraction, head_width, learning_rate] = _cost(values)
         return found
 
     def share_curve(self, device: str) -> ShareCurve | None:
@@ -396,6 +379,30 @@ class History:
         with self._guard() as db:
             row_id = self._window_id(db, stream_id, window, time_s)
             db.execute(f"UPDATE windows SET {column} = ? WHERE id = ?", (value, row_id))
+
+
+def _cost_row(cost: CostModel) -> tuple[float, ...]:
+    """The values of the columns ``_COST``."""
+    return (
+        cost.startup_s,
+        cost.seconds_per_sample,
+        cost.validation_s,
+        cost.prepare_s_per_sample,
+        cost.finish_s,
+        cost.num_train,
+    )
+
+
+def _cost(row: Sequence[float]) -> CostModel:
+    startup_s, seconds_per_sample, validation_s, prepare_s, finish_s, num_train = row
+    return CostModel(
+        startup_s=startup_s,
+        seconds_per_sample=seconds_per_sample,
+        validation_s=validation_s,
+        prepare_s_per_sample=prepare_s,
+        finish_s=finish_s,
+        num_train=round(num_train),
+    )
 
 
 def _open(path: Path) -> sqlite3.Connection:

@@ -269,9 +269,16 @@ class SiteProfiler:
 
 
 def _before(history: StreamHistory, trial: TrialResult) -> StreamHistory:
-    """What was known before the window of ``trial``, whose trials may come in several pieces or again after a restart:
+    """What was known before the trials of this window, which may come in several pieces, or again after a restart:
     neither is a second window of experience."""
     last = history.windows[-1] if history.windows else None
-    if last is not None and last.window == trial.window and last.trial is not None and last.realised is None:
+    if last is not None and last.window == trial.window and last.trial is not None and _is_piece(last.trial, trial):
         return StreamHistory(stream_id=history.stream_id, windows=history.windows[:-1])
     return history
+
+
+def _is_piece(earlier: TrialResult, trial: TrialResult) -> bool:
+    """Whether all that ``earlier`` tried is in ``trial`` as well."""
+    tried, measured = {row.config for row in trial.retrain}, {row.config for row in trial.inference}
+    known = all(row.config in tried for row in earlier.retrain)
+    return known and all(row.config in measured for row in earlier.inference)

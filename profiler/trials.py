@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from profiler.costs import CostModel, GroupKey, cost_model, group_key, neighbour_cost
+from profiler.costs import FIXED_S, CostModel, GroupKey, cost_model, group_key, neighbour_cost
 from profiler.records import ConfigEstimate, StreamHistory, TrialChoice, WindowHistory
 from profiler.worth import mix_distance, trial_worths
 from protocol.schema import DatasetRef, InferenceConfig, Record, RetrainConfig
@@ -202,7 +202,12 @@ def worth_trying(
         drift=prospect.drift,
         price=prospect.price,
     )
-    return [w.key for w in worths if w.gain >= knobs.min_worth + prospect.cost(w.seconds)]
+    chosen = [w for w in worths if w.gain >= knobs.min_worth + prospect.cost(w.seconds)]
+    # Whoever waits waits for all of them, and for the look at the serving model that every trial job begins with.
+    look_s = FIXED_S + max((cost.finish_s for cost in known.values()), default=0.0)
+    while chosen and max(w.gain for w in chosen) < prospect.cost(look_s + sum(w.seconds for w in chosen)):
+        chosen.pop()
+    return [w.key for w in chosen]
 
 
 def representatives(retrain: Sequence[RetrainConfig]) -> dict[GroupKey, RetrainConfig]:

@@ -6,9 +6,10 @@ Utility of a configuration, a cheap stand-in for the planner; T is the window, s
 
 A trial of a group of configurations moves the estimate of its best one by a normal amount of standard deviation
 
-    s = sigma^2 / sqrt(sigma^2 + e^2)
+    s = sigma^2 / sqrt(sigma^2 + e^2),      sigma^2 = error^2 - luck^2
 
-(sigma: error of the estimate without the trial, e: error of a trial). With m the group's utility and b the best one of
+(error: of the estimate without the trial; luck: that of one training run, which no trial takes away; e: error of a
+trial). With m the group's utility and b the best one of
 all others, the plan is expected to gain
 
     worth = s * (phi(z) - |z| * Phi(-|z|)),   z = (m - b) / s
@@ -31,6 +32,8 @@ from protocol.schema import Record
 LIKELY_SHARE = 0.5
 # What the fit of a short trial leaves unknown about a long retraining, besides the noise of its validation.
 TRIAL_ERROR = 0.06
+# Standard deviation of the luck of one training run, as the process was fitted to it (docs/profiler.md).
+LUCK = 0.055
 # Strong drift makes what was learned before it this much more uncertain.
 DRIFT_SPREAD = 1.0
 
@@ -73,7 +76,8 @@ def trial_worths(
         left = max(0.0, 1.0 - row.gpu_seconds / (LIKELY_SHARE * window_s))
         value = (row.accuracy_after - accuracy_now) * left - price * row.gpu_seconds / window_s
         if key not in utility or value > utility[key][0]:
-            utility[key] = (value, row.accuracy_error * (1.0 + DRIFT_SPREAD * drift), left)
+            sigma = math.sqrt(max(0.0, row.accuracy_error**2 - LUCK**2))
+            utility[key] = (value, sigma * (1.0 + DRIFT_SPREAD * drift), left)
     noise = math.hypot(TRIAL_ERROR, math.sqrt(accuracy_now * (1.0 - accuracy_now) / max(1, num_validation)))
     found = []
     for key, (value, sigma, left) in utility.items():

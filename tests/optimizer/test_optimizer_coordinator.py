@@ -68,7 +68,7 @@ def test_nothing_is_sent_while_nothing_changes() -> None:
     end = run.coordinator.window_end_s()
     run.run(until_s=end - 40.0)
     before = run.coordinator.state.revision
-    run.run(until_s=end - 11.0)  # then the next window's labels begin
+    run.run(until_s=end - 21.0)  # then the next window's labels begin
     assert run.coordinator.state.window == window
     assert run.coordinator.state.revision == before >= revision
 

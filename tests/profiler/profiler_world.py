@@ -78,7 +78,7 @@ class World:
 
     def gpu_seconds(self, config: RetrainConfig) -> float:
         per_epoch = self.seconds_per_sample(config) * config.data_fraction * self.num_train + 0.0003 * 120
-        return 0.2 + config.epochs * per_epoch
+        return 0.2 + config.epochs * per_epoch + 3 * 0.0003 * 120
 
     def busy_s_per_frame(self, config: InferenceConfig) -> float:
         return 0.02 * (config.resolution_px / 32) / config.frame_interval
