@@ -290,9 +290,9 @@ class Coordinator:
                 executor.refused_s = now
                 self._dispatcher.forget(executor.executor_id)
             case m.LabelsDone(job_id=job_id, result=labels):
-                self._emit.add(*self._pipeline.labelled(job_id, labels))
+                self._emit.add(*self._pipeline.labelled(job_id, labels, now))
             case m.TrialsDone(job_id=job_id, result=trials):
-                self._emit.add(*self._pipeline.tried(job_id, trials))
+                self._emit.add(*self._pipeline.tried(job_id, trials, now))
                 if self.state.phase in ("planning", "executing") and trials.window == self.state.window:
                     self._asker.want(f"{trials.stream_id} was profiled")
             case m.RetrainDone():

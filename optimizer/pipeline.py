@@ -114,8 +114,9 @@ class Pipeline:
             elif room < job.share - 1e-9:
                 state.pipeline[executor_id] = msgspec.structs.replace(job, share=room)
 
-    def labelled(self, job_id: str, result: LabelResult) -> list[Output]:
+    def labelled(self, job_id: str, result: LabelResult, now: float) -> list[Output]:
         """The data set of a stream's window is there."""
+        work_s = self._work_s(job_id, now)
         stream = self._take(job_id)
         if stream is None:
             return []
@@ -123,7 +124,7 @@ class Pipeline:
         stream.dataset = dataset
         enough = min(dataset.num_train, dataset.num_validation) >= _LEAST_EXAMPLES[self._specs[stream.stream_id].task]
         stream.tried = stream.trials = None
-        stream.first_s = result.seconds if self._state.origin_s is not None else 0.0
+        stream.first_s = work_s if self._state.origin_s is not None else 0.0
         if stream.checkpoint is None:
             stream.stage = "train"
         elif enough:
@@ -144,8 +145,9 @@ class Pipeline:
             )
         ]
 
-    def tried(self, job_id: str, result: TrialResult) -> list[Output]:
+    def tried(self, job_id: str, result: TrialResult, now: float) -> list[Output]:
         """The trials of a stream are over: estimate its profile."""
+        work_s = self._work_s(job_id, now)
         stream = self._take(job_id)
         if stream is None or stream.dataset is None:
             return []
@@ -155,7 +157,7 @@ class Pipeline:
         profile = self._profiler.estimate(spec, result, stream.dataset)
         self._end(stream)
         if stage == "check":
-            stream.first_s += seconds
+            stream.first_s += work_s
             self._choose(stream, result)
         elif stage == "trial" and stream.trials is not None and stream.trials.inference:
             stream.stage = "measure"
@@ -253,6 +255,13 @@ class Pipeline:
     @staticmethod
     def _end(stream: StreamState) -> None:
         stream.stage = "done"
+
+    def _work_s(self, job_id: str, now: float) -> float:
+        """GPU-seconds that a job has had, as far as its share did not change."""
+        for executor_id, job in self._state.pipeline.items():
+            if job.job_id == job_id:
+                return job.share * max(0.0, now - self._state.pipeline_since.get(executor_id, now))
+        return 0.0
 
     def _take(self, job_id: str) -> StreamState | None:
         for executor_id, job in list(self._state.pipeline.items()):

@@ -153,9 +153,9 @@ class StreamState(msgspec.Struct, kw_only=True):
     """One stream. ``stage``: how far its profiling is. ``profile``: this window's estimates.
 
     ``tried``: what this window's profiling has measured so far; ``trials``: what is still to be tried, beside the plan.
-    ``ahead``: the window that its labels were begun for before it opened; ``first_s``: how long labels and a look at
-    the model took last time, 0 = not known. ``unplanned``: its estimates are newer than the plan that its window's
-    accuracy was predicted from.
+    ``ahead``: the window that its labels were begun for before it opened; ``first_s``: GPU-seconds that labels and a
+    look at the model took last time, 0 = not known. ``unplanned``: its estimates are newer than the plan that its
+    window's accuracy was predicted from.
     ``predicted``: accuracy promised for the window, ``earned_s``: accuracy-seconds of it until the plan in force.
     ``shortfall``: how much the last window fell behind what was predicted; such streams are profiled first.
     ``degraded``: it is live and gives no pictures; ``turned_s``: since when its executor says otherwise than this.
