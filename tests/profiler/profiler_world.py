@@ -112,7 +112,7 @@ class World:
                 RetrainTrial(
                     config=config,
                     num_samples=num_samples,
-                    total_samples=self.num_train,
+                    total_samples=round(config.data_fraction * self.num_train),
                     startup_s=0.2,
                     epochs=epochs,
                     memory_bytes=1000 + int(1000 * config.trained_fraction),

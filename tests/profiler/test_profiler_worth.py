@@ -11,7 +11,7 @@ from profiler.costs import CostModel, group_key
 from profiler.intervals import PastError, Z, factor
 from profiler.records import ConfigEstimate
 from profiler.trials import Budget, Prospect, TrialKnobs, worth_trying
-from profiler.worth import expected_gain, mix_distance, trial_worths
+from profiler.worth import LUCK, expected_gain, mix_distance, trial_worths
 from protocol.schema import DatasetRef, RetrainConfig
 
 COST = CostModel(startup_s=0.1, seconds_per_sample=0.001, validation_s=0.02)
@@ -65,8 +65,14 @@ def test_what_is_known_exactly_is_never_tried() -> None:
     assert set(worths(row("a", 0.001, 0.8, 0.0), row("b", 0.002, 0.8, 0.0)).values()) == {0.0}
 
 
+def test_a_trial_takes_the_luck_of_a_training_run_from_nobody() -> None:
+    rows = row("a", 0.001, 0.80, LUCK), row("b", 0.002, 0.80, LUCK)
+    assert set(worths(*rows).values()) == {0.0}
+    assert min(worths(row("a", 0.001, 0.80, 2 * LUCK), row("b", 0.002, 0.80, 2 * LUCK)).values()) > 0.005
+
+
 def test_drift_makes_a_trial_worth_more() -> None:
-    rows = row("a", 0.001, 0.80, 0.05), row("b", 0.002, 0.74, 0.05)
+    rows = row("a", 0.001, 0.80, 0.08), row("b", 0.002, 0.74, 0.08)
     assert worths(*rows, drift=1.0)["b"] > 1.5 * worths(*rows)["b"]
 
 
@@ -77,7 +83,7 @@ def test_a_retraining_that_fills_the_window_is_not_worth_a_trial() -> None:
 
 
 def test_a_price_on_gpu_seconds_takes_a_dear_configuration_out_of_the_race() -> None:
-    rows = row("cheap", 0.001, 0.70, 0.05, seconds=5.0), row("dear", 0.002, 0.76, 0.05, seconds=60.0)
+    rows = row("cheap", 0.001, 0.70, 0.08, seconds=5.0), row("dear", 0.002, 0.76, 0.08, seconds=60.0)
     assert worths(*rows, price=1.0)["dear"] < worths(*rows)["dear"]
 
 
