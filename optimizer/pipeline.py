@@ -9,7 +9,7 @@ still worth trying is tried, and how good inference configurations are is measur
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 import msgspec
 
@@ -98,21 +98,24 @@ class Pipeline:
                 begin_anew(self._state, stream)
                 stream.ahead = window
 
-    def fit(self, used: Mapping[str, float]) -> None:
-        """Shrink jobs to what is left beside everything else, and drop those that nothing is left for.
+    def fit(self, used: Mapping[str, float], most: Callable[[str, StreamState], float]) -> None:
+        """Shrink jobs to what is left beside everything else, drop those that nothing is left for, and let grow those
+        that can have clearly more.
 
-        ``used``: share promised on every executor, these jobs included. Dropped labels and trials begin anew later.
+        ``used``: share promised on every executor, these jobs included; ``most``: what a stream's job may have on one.
+        Dropped labels and trials begin anew later.
         """
         state = self._state
         for executor_id, job in list(state.pipeline.items()):
-            room = 1.0 - (used.get(executor_id, 1.0) - job.share)
+            room, stream = 1.0 - (used.get(executor_id, 1.0) - job.share), state.streams[job.stream.stream_id]
+            more = min(room, most(executor_id, stream))
             if room < LEAST_SHARE:
                 del state.pipeline[executor_id]
-                stream = state.streams[job.stream.stream_id]
                 if stream.stage == "measure":
                     self._end(stream)  # what was measured last stands
-            elif room < job.share - 1e-9:
-                state.pipeline[executor_id] = msgspec.structs.replace(job, share=room)
+            elif room < job.share - 1e-9 or more >= job.share + LEAST_SHARE:
+                share = room if room < job.share else more
+                state.pipeline[executor_id] = msgspec.structs.replace(job, share=share)
 
     def labelled(self, job_id: str, result: LabelResult, now: float) -> list[Output]:
         """The data set of a stream's window is there."""

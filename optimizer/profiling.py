@@ -9,7 +9,7 @@ from optimizer.config import SiteConfig
 from optimizer.emitter import Emitter
 from optimizer.following import used_shares
 from optimizer.pipeline import FIRST, LEAST_SHARE, MEASURING, TRIALS, Pipeline
-from optimizer.state import ExecutorState, SiteState
+from optimizer.state import ExecutorState, SiteState, StreamState
 from optimizer.windows import opens
 from protocol.schema import StreamSpec
 
@@ -69,7 +69,7 @@ class Profiling:
         state, profiling = self._state, self._site.profiling
         if state.phase not in WINDOW_PHASES:
             return
-        self._pipeline.fit(used_shares(state, self._executors))
+        self._pipeline.fit(used_shares(state, self._executors), self._most)
         if state.phase == "profiling" or state.plan is None or not profiling.beside:
             return
         told = self._pipeline.drop_overdue(now)
@@ -85,6 +85,15 @@ class Profiling:
             for share, stages in ((room, FIRST if ahead else TRIALS), (left, MEASURING)):
                 if share >= LEAST_SHARE:
                     self._pipeline.assign({executor_id: executor}, now, min(share, profiling.share), stages)
+
+    def _most(self, executor_id: str, stream: StreamState) -> float:
+        """Share that a stream's job may have on an executor where there is room."""
+        state = self._state
+        if state.phase == "profiling":
+            return state.profiling_share
+        if stream.ahead > state.window or stream.stage in MEASURING:
+            return self._site.profiling.share
+        return self._asker.room_for_trials(executor_id)
 
     def _look_ahead(self, now: float) -> None:
         """Shortly before the window ends the labels of the next one begin."""

@@ -200,3 +200,14 @@ def test_labels_made_ahead_survive_the_end_of_their_window_and_are_not_made_agai
     assert {c.config_id for c in RETRAIN} >= {
         e.retrain_id for e in run.events if isinstance(e, RetrainFinished) and e.window
     }
+
+
+def test_a_job_that_began_with_little_grows_when_there_is_room() -> None:
+    run, _, executor_id, job_id = begun("label")
+    state = run.coordinator.state
+    granted = state.pipeline[executor_id].share
+    state.pipeline[executor_id] = msgspec.structs.replace(state.pipeline[executor_id], share=0.05)
+    run.run(until_s=run.now + 0.5)
+    assert state.pipeline[executor_id].job_id == job_id
+    assert state.pipeline[executor_id].share == pytest.approx(granted)
+    assert run.executors[executor_id].running[job_id].job.share == pytest.approx(granted)
