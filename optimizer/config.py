@@ -122,6 +122,24 @@ class DriftConfig(Record, frozen=True, kw_only=True):
     label_s: PositiveSeconds = 8.0
 
 
+class LabelsConfig(Record, frozen=True, kw_only=True):
+    """How much the golden models label in a window, and what (optimizer/label_budget.py, docs/learning.md).
+
+    ``budget_gpu_s``: busy seconds of golden models per window, all streams and purposes together; left out: no limit,
+    the streams' label rates decide. ``allocation``: "uniform" gives every stream the same part of what its label rate
+    asks for, frames evenly spaced; "adaptive" gives more to streams that drift, and labels frames that their students
+    are unsure of. ``uniform_share``: part of the budget, and of each stream's frames, that is spread evenly all the
+    same. ``kept_share``: part of the budget kept for what comes later in the window: clips of inference trials,
+    comparisons of new models, sudden drifts. ``min_frames``: every stream gets as many first.
+    """
+
+    budget_gpu_s: PositiveSeconds | None = None
+    allocation: Literal["uniform", "adaptive"] = "uniform"
+    uniform_share: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 0.4
+    kept_share: Annotated[float, msgspec.Meta(ge=0.0, lt=1.0)] = 0.25
+    min_frames: PositiveInt = 8
+
+
 class CorrectionConfig(Record, frozen=True, kw_only=True):
     """What is done when the epochs of a running retraining tell another story than its estimate.
 
@@ -171,6 +189,7 @@ class SiteConfig(Record, frozen=True, kw_only=True):
     gate: GateConfig = GateConfig()
     correction: CorrectionConfig = CorrectionConfig()
     drift: DriftConfig = DriftConfig()
+    labels: LabelsConfig = LabelsConfig()
 
 
 def load_site(path: Path) -> SiteConfig:

@@ -27,6 +27,7 @@ from optimizer.dispatching import Dispatcher
 from optimizer.drifts import Drifts
 from optimizer.emitter import Emitter
 from optimizer.following import serving_job_id
+from optimizer.labels import Labels
 from optimizer.pipeline import Pipeline
 from optimizer.ports import (
     CloudDone,
@@ -76,17 +77,20 @@ class Coordinator:
         self.executors: dict[str, ExecutorState] = {}
         self._specs = {spec.stream_id: spec for spec in site.streams}
         self._profiler = profiler
-        self._pipeline = Pipeline(site, profiler, state, self._specs)
         self._num_windows = num_windows
         self._adopt_until_s = adopt_until_s
         self._emit = Emitter()
+        self._labels = Labels(site, state, self._specs, self._emit)
+        self._pipeline = Pipeline(site, profiler, state, self._specs, self._labels)
         self._asker = Asker(site, state, self.executors, self._emit, tuple(links))
         self._profiling = Profiling(
             site, state, self._specs, self.executors, self._pipeline, self._asker, self._emit, num_windows
         )
         self._carrier = Carrier(state, self._specs, self.executors)
-        self._watcher = Watcher(site, state, self._specs, self.executors, profiler, self._emit, self._asker.want)
-        self._drifts = Drifts(site, state, self._emit, self._asker.want, self._settle)
+        self._watcher = Watcher(
+            site, state, self._specs, self.executors, profiler, self._emit, self._asker.want, self._labels
+        )
+        self._drifts = Drifts(site, state, self._emit, self._asker.want, self._settle, self._labels)
         self._corrector = Corrector(site.correction, state, self.executors, self._emit, self._asker.want, self._settle)
         self._clouds = CloudCarrier(state, self._specs, links, self._emit)
         self._closer = Closer(self._specs, profiler, self._emit)
@@ -290,15 +294,26 @@ class Coordinator:
                 executor.refused_s = now
                 self._dispatcher.forget(executor.executor_id)
             case m.LabelsDone(job_id=job_id, result=labels):
+                job = self._pipeline.job_of(job_id)
+                if isinstance(job, m.LabelJob):
+                    self._labels.charge(job.stream.stream_id, labels)
+                    self._drifts.labelled(job.stream.stream_id, job.checkpoint, labels.agreement, labels.num_pieces)
                 self._emit.add(*self._pipeline.labelled(job_id, labels, now))
             case m.TrialsDone(job_id=job_id, result=trials):
+                if self._pipeline.job_of(job_id) is not None:
+                    self._labels.charge(trials.stream_id, trials)
                 self._emit.add(*self._pipeline.tried(job_id, trials, now))
                 if self.state.phase in ("planning", "executing") and trials.window == self.state.window:
                     self._asker.want(f"{trials.stream_id} was profiled")
             case m.RetrainDone():
                 self._retrained(message, now)
             case m.CanaryDone(job_id=job_id, result=comparison):
-                self._watcher.compared(job_id, comparison, now)
+                compared = self._watcher.compared(job_id, comparison, now)
+                if compared is not None:
+                    self._labels.charge(comparison.stream_id, comparison)
+                    model, accuracy = compared
+                    num_objects = comparison.paired.num_objects
+                    self._drifts.labelled(comparison.stream_id, model, accuracy, num_objects)
             case m.JobFailed():
                 self._failed(message, now)
             case _:
@@ -447,6 +462,7 @@ class Coordinator:
             stream.shortfall = self._closer.shortfall(stream, window - 1)
             stream.predicted, stream.earned_s, stream.alarm = None, 0.0, None
             stream.penalties = {name: last for name, last in stream.penalties.items() if last >= window}
+        self._labels.open(window, opening)
         # The first window is planned on what the bootstrap has just measured, any other at once where labels are there.
         known = self._profiling.is_ahead()
         state.phase = "planning" if first or not opening or known else "profiling"
@@ -472,6 +488,7 @@ class Coordinator:
         self._drifts.window_over()
         if self._num_windows is not None and state.window + 1 >= self._num_windows:
             self._watcher.conclude(now)
+            self._labels.close()
             state.phase = "finished"
             self._asker.forget()
             return

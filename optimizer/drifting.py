@@ -5,6 +5,9 @@ crops. Seconds are gathered to blocks, as neighbouring seconds show the same roa
 serving model was made are the reference; later ones are compared with it, signal by signal:
 
 - ``score``, 0 (as at the reference) to 1 (another scene): how far the last two blocks are from the reference.
+- disagreement with golden labels: how far what the serving model got right on the last labels falls short of what it
+  was expected to get right when it began to serve, in standard errors. It raises the score, as the signal "labels";
+  labels come too seldom for the alarm, and the canary (optimizer/gate.py) watches a new model on them anyway.
 - the *alarm*: a two-sided CUSUM (Page, Biometrika 1954) of every signal; it says that something has changed for good,
   and that the change was sudden enough to be seen within a window.
 
@@ -30,6 +33,8 @@ _ALARM = 8.0
 _MOST = 5.0  # a single block counts for no more: one lorry before the lens is no drift
 # A distance of so many spreads is a score of about two thirds.
 _SCALE = 4.0
+# Accuracies of two stretches of one scene differ by so much beyond what counting a few road users explains.
+_LABEL_SPREAD = 0.07
 
 
 class _Block(msgspec.Struct):
@@ -60,18 +65,44 @@ class DriftReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Detector:
-    """One stream. ``reset`` when a new model serves: what is normal is what it was made for."""
+    """One stream. ``reset`` when a new model serves: what is normal is what it was made for.
+
+    ``doubt``: 1 less the student's mean confidence in the last block, None before the first one.
+    """
 
     def __init__(self) -> None:
         self._block = _Block()
         self._blocks: list[_Block] = []
         self._sums: dict[str, tuple[float, float]] = {}
         self._alarmed = False
+        self._expected: float | None = None
+        self._disagreement = 0.0
+        self.doubt: float | None = None
         self.report = DriftReport(score=0.0, signal="", alarm=False)
 
-    def reset(self) -> None:
-        """Begin a new reference; the score stays what it was until there is one."""
+    def reset(self, *, new_model: bool = True) -> None:
+        """Begin a new reference; the score stays what it was until there is one. Not ``new_model``: what it got right
+        on labels when it was new remains what is expected of it."""
         self._block, self._blocks, self._sums, self._alarmed = _Block(), [], {}, False
+        if new_model:
+            self._expected, self._disagreement = None, 0.0
+
+    def labelled(self, accuracy: float, num_pieces: int, expected: float | None = None) -> DriftReport:
+        """Golden labels say what the serving model got right, on ``num_pieces`` independent pieces of evidence.
+
+        ``expected``: what was expected of it; counts the first time after a reset, when None what is measured then.
+        """
+        if num_pieces < 1:
+            return self.report
+        if self._expected is None:
+            self._expected = accuracy if expected is None else expected
+        middle = 0.5 * (accuracy + self._expected)
+        spread = math.sqrt(_LABEL_SPREAD**2 + max(0.01, middle * (1.0 - middle)) / num_pieces)
+        self._disagreement = (self._expected - accuracy) / spread
+        score = _score(self._disagreement)
+        if score > self.report.score or self.report.signal == "labels":
+            self.report = DriftReport(score=score, signal="labels", alarm=False)
+        return self.report
 
     def add(self, signals: StreamSignals, seconds: float) -> DriftReport | None:
         """Take a report of ``seconds`` of serving in; a new judgement when a block is full, else None."""
@@ -80,6 +111,7 @@ class Detector:
             return None
         block, self._block = self._block, _Block()
         self._blocks.append(block)
+        self.doubt = 1.0 - min(1.0, max(0.0, block.means()[0]))
         if len(self._blocks) <= REFERENCE_BLOCKS:
             return None
         reference = self._blocks[:REFERENCE_BLOCKS]
@@ -94,11 +126,16 @@ class Detector:
             alarm = alarm or up > _ALARM or down > _ALARM
             self._sums[name] = (up, down)
         signal = max(distances, key=lambda name: abs(distances[name]))
-        farthest = max(0.0, abs(distances[signal]) - _ALLOWANCE)
-        score = 1.0 - math.exp(-farthest / _SCALE)
-        self.report = DriftReport(score=score, signal=signal, alarm=alarm and not self._alarmed)
+        farthest = abs(distances[signal])
+        if self._disagreement > farthest:
+            signal, farthest = "labels", self._disagreement
+        self.report = DriftReport(score=_score(farthest), signal=signal, alarm=alarm and not self._alarmed)
         self._alarmed = self._alarmed or alarm
         return self.report
+
+
+def _score(distance: float) -> float:
+    return 1.0 - math.exp(-max(0.0, distance - _ALLOWANCE) / _SCALE)
 
 
 def _distances(reference: list[_Block], blocks: list[_Block]) -> dict[str, float]:

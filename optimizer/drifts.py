@@ -12,9 +12,11 @@ from optimizer.config import SiteConfig
 from optimizer.drifting import Detector
 from optimizer.emitter import Emitter
 from optimizer.following import used_shares
+from optimizer.labels import Labels
 from optimizer.pipeline import Pipeline, begin_anew
 from optimizer.state import DriftAlarm, ExecutorState, SiteState, StreamState
 from protocol.events import DriftScored, StreamAccuracy
+from protocol.schema import CheckpointRef
 
 _LEAST_SHARE = 0.05
 
@@ -29,12 +31,14 @@ class Drifts:
         emit: Emitter,
         want: Callable[[str], None],
         settle: Callable[[StreamState], None],
+        labels: Labels,
     ) -> None:
         self._site = site
         self._state = state
         self._emit = emit
         self._want = want
         self._settle = settle
+        self._labels = labels
         self._detectors: dict[str, Detector] = {}
         self._versions: dict[str, int] = {}
         self._seen_s: dict[str, float] = {}
@@ -55,11 +59,23 @@ class Drifts:
         report = detector.add(event.signals, min(5.0, max(0.0, now - before)))
         if report is None:
             return
-        stream.drift = report.score
+        stream.drift, stream.doubt = report.score, detector.doubt
         if report.alarm:
             self._tell(stream, report.signal, alarm=True)
-            detector.reset()
+            detector.reset(new_model=False)
             self._alarm(stream, report.signal, now)
+
+    def labelled(self, stream_id: str, model: CheckpointRef | None, accuracy: float | None, num_pieces: int) -> None:
+        """Golden labels say what ``model`` gets right; they count for the drift when it is the one that serves."""
+        stream = self._state.streams.get(stream_id)
+        if stream is None or stream.checkpoint is None or model is None or accuracy is None:
+            return
+        # What is normal is a matter of the model whose signals come in; another one's labels would mix the two.
+        if model.version != stream.checkpoint.version or self._versions.get(stream_id, model.version) != model.version:
+            return
+        detector = self._detectors.setdefault(stream_id, Detector())
+        expected = stream.profile.accuracy_now if stream.profile is not None else None
+        stream.drift = detector.labelled(accuracy, num_pieces, expected).score
 
     def window_over(self) -> None:
         """Say how far every stream is when its window ends."""
@@ -100,7 +116,13 @@ class Drifts:
         state, config = self._state, self._site.drift
         left = state.window_opened_s + self._site.window_s - now
         worth = config.react and left >= config.least_left * self._site.window_s and stream.alarm is None
-        if not worth or state.phase != "executing" or stream.awaits_trial or stream.stream_id in state.shed:
+        if (
+            not worth
+            or not self._labels.affords_alarm(stream)
+            or state.phase != "executing"
+            or stream.awaits_trial
+            or stream.stream_id in state.shed
+        ):
             return
         stream.alarm = DriftAlarm(since_s=now)
         self._settle(stream)

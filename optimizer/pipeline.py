@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 import msgspec
 
 from optimizer.config import SiteConfig
+from optimizer.labels import Labels, label_span_s
 from optimizer.ports import Output, ProfilerPort, Publish, TrialWish
 from optimizer.state import ExecutorState, PipelineJob, SiteState, Stage, StreamState, Trials
 from protocol.events import LabelsCollected, Notice, ProfileEstimated
@@ -49,12 +50,18 @@ class Pipeline:
     """Works on the site's state; remembers nothing itself."""
 
     def __init__(
-        self, site: SiteConfig, profiler: ProfilerPort, state: SiteState, specs: Mapping[str, StreamSpec]
+        self,
+        site: SiteConfig,
+        profiler: ProfilerPort,
+        state: SiteState,
+        specs: Mapping[str, StreamSpec],
+        labels: Labels,
     ) -> None:
         self._site = site
         self._profiler = profiler
         self._state = state
         self._specs = specs
+        self._labels = labels
 
     def assign(
         self,
@@ -68,6 +75,8 @@ class Pipeline:
         for stream in state.streams.values():
             if stream.degraded and stream.checkpoint and stream.stage != "done":
                 self._end(stream)  # nothing new was seen of it; it keeps its last estimates
+            if stream.stage == "label" and stream.label_frames == 0:
+                self._end(stream)  # the budget has nothing for it
         for executor_id in sorted(executors):
             if executor_id in state.pipeline:
                 continue
@@ -92,6 +101,7 @@ class Pipeline:
 
     def label_ahead(self, window: int, opening: Collection[str]) -> None:
         """Begin with the labels of a window that is about to open, of streams that nothing is being tried with."""
+        self._labels.open(window, opening)
         for stream in self._state.streams.values():
             idle = not stream.awaits_trial and stream.alarm is None and stream.checkpoint is not None
             if idle and stream.stream_id in opening and stream.ahead != window and not stream.degraded:
@@ -119,7 +129,7 @@ class Pipeline:
 
     def labelled(self, job_id: str, result: LabelResult, now: float) -> list[Output]:
         """The data set of a stream's window is there."""
-        work_s = self._work_s(job_id, now)
+        job, work_s = self.job_of(job_id), self._work_s(job_id, now)
         stream = self._take(job_id)
         if stream is None:
             return []
@@ -144,6 +154,11 @@ class Pipeline:
                     num_validation=dataset.num_validation,
                     class_counts=dataset.class_counts,
                     seconds=result.seconds,
+                    golden_s=result.golden_s,
+                    uniform_share=job.uniform_share if isinstance(job, LabelJob) else 1.0,
+                    agreement=result.agreement,
+                    agreement_low=result.agreement_low,
+                    agreement_high=result.agreement_high,
                 )
             )
         ]
@@ -266,6 +281,10 @@ class Pipeline:
                 return job.share * max(0.0, now - self._state.pipeline_since.get(executor_id, now))
         return 0.0
 
+    def job_of(self, job_id: str) -> PipelineJob | None:
+        """The job of ours that runs under this id."""
+        return next((job for job in self._state.pipeline.values() if job.job_id == job_id), None)
+
     def _take(self, job_id: str) -> StreamState | None:
         for executor_id, job in list(self._state.pipeline.items()):
             if job.job_id == job_id:
@@ -285,7 +304,7 @@ class Pipeline:
         if stream.stage == "label":
             # Nobody has kept what a live stream showed before it is served: it is recorded now, for its first model.
             record = isinstance(spec.source, LiveSource) and stream.checkpoint is None
-            span = site.bootstrap.seconds if first else site.profiling.label_span * site.window_s * spec.retrain_every
+            span = site.bootstrap.seconds if first else label_span_s(site, spec)
             if record and not first:
                 span = min(site.bootstrap.seconds, 0.5 * site.profiling.limit * site.window_s)
             fps = site.bootstrap.label_fps if first or record else spec.label_fps
@@ -302,6 +321,9 @@ class Pipeline:
                 to_s=position,
                 exemplars=stream.dataset,
                 record=record,
+                checkpoint=stream.checkpoint,
+                num_frames=0 if first or record else self._labels.frames_for(stream, urgent=urgent),
+                uniform_share=site.labels.uniform_share if site.labels.allocation == "adaptive" else 1.0,
             )
         assert stream.dataset is not None
         if stream.stage == "train":
@@ -324,6 +346,7 @@ class Pipeline:
             )
         assert stream.checkpoint is not None
         wish = self._wish(stream, window)
+        inference, num_frames = (wish.inference, wish.num_frames) if first else self._labels.clip(stream, wish)
         return TrialJob(
             job_id=f"{stream.stage}/{name}",
             stream=spec,
@@ -332,10 +355,10 @@ class Pipeline:
             dataset=stream.dataset,
             checkpoint=stream.checkpoint,
             retrain=wish.retrain,
-            inference=wish.inference,
+            inference=inference,
             data_share=wish.data_share,
             num_epochs=wish.num_epochs,
-            num_frames=wish.num_frames,
+            num_frames=num_frames,
             clip_end_s=spec.start_s + now - (state.origin_s or 0.0) if urgent else position,
             unseen=not first,
         )

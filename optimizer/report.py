@@ -27,6 +27,7 @@ from optimizer.report_data import (
     WindowRow,
 )
 from optimizer.report_html import report_page
+from optimizer.report_labels import label_rows, labels_rows
 from optimizer.report_tables import final_table
 from optimizer.report_trials import build_trials
 from protocol.errors import InputError
@@ -115,6 +116,8 @@ def build_report(events: Sequence[TelemetryEvent], *, site: str = "") -> Report:
         retrainings=tuple(_retrain_row(e) for e in events if isinstance(e, RetrainFinished)),
         trials=build_trials(events),
         gates=tuple(_gate_row(e) for e in events if isinstance(e, GateDecided)),
+        labels=label_rows(events),
+        label_budget=labels_rows(events),
         swaps=tuple(
             SwapRow(site_s=e.site_s, stream_id=e.stream_id, gap_ms=e.gap_ms)
             for e in events

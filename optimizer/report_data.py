@@ -124,6 +124,34 @@ class GateRow(Record, frozen=True, kw_only=True):
     reason: str
 
 
+class LabelRow(Record, frozen=True, kw_only=True):
+    """One labelling. ``drift`` and ``signal``: of the stream before it. ``accuracy``: of the model that served, on
+    these labels, with its 95 % interval; None = not measured."""
+
+    site_s: float
+    stream_id: str
+    window: int
+    drift: float | None
+    signal: str
+    num_frames: int
+    num_labels: int
+    uniform_share: float
+    golden_s: float
+    accuracy: float | None
+    accuracy_low: float | None
+    accuracy_high: float | None
+
+
+class LabelsRow(Record, frozen=True, kw_only=True):
+    """Busy seconds of golden models in a window, by purpose. ``budget_gpu_s`` None = no limit."""
+
+    window: int
+    budget_gpu_s: float | None
+    labels_s: float
+    trials_s: float
+    canary_s: float
+
+
 class SwapRow(Record, frozen=True, kw_only=True):
     """A new model took over a stream. ``gap_ms``: longest time between two results around it."""
 
@@ -203,6 +231,8 @@ class Report(Record, frozen=True, kw_only=True):
     retrainings: tuple[RetrainRow, ...]
     trials: tuple[TrialsRow, ...]
     gates: tuple[GateRow, ...]
+    labels: tuple[LabelRow, ...] = ()
+    label_budget: tuple[LabelsRow, ...] = ()
     swaps: tuple[SwapRow, ...]
     conditions: tuple[ConditionRow, ...]
     shares: tuple[ShareRow, ...]

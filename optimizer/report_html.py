@@ -16,6 +16,7 @@ from optimizer.report_figures import (
     stream_colours,
 )
 from optimizer.report_gates import gate_table
+from optimizer.report_labels import labels_table, labels_text
 from optimizer.report_pieces import count, dot, fold, seconds, strong, table
 from optimizer.report_style import STYLE
 from optimizer.report_tables import percent
@@ -77,6 +78,12 @@ def report_page(report: Report, events: Sequence[TelemetryEvent]) -> str:
                 "Every test of a retrained model: at the gate on held-out labels, in the shadow and as a canary on"
                 " fresh labels of the live stream. One vote per road user; confidence that the new model is better.",
                 gate_table(report),
+            ),
+            _section(
+                "Drift and golden labels",
+                "How far a stream was from what its model was made for, what was labelled then, and what the model that"
+                " served got right on those labels.",
+                labels_text(report) + labels_table(report),
             ),
             _section("Planner", _solve_text(report), _solve_table(report)),
             _section("Granted and achieved GPU shares", "Means over the reports of all jobs.", _share_table(report)),

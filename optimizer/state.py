@@ -149,6 +149,21 @@ class Moving(msgspec.Struct, frozen=True, kw_only=True):
     let_go_s: float | None = None
 
 
+class LabelSpend(msgspec.Struct, kw_only=True):
+    """Busy seconds of golden models in a window, -1 before the first. ``budget_s``: what there is, None = no limit."""
+
+    window: int = -1
+    budget_s: float | None = None
+    labels_s: float = 0.0
+    trials_s: float = 0.0
+    canary_s: float = 0.0
+
+    @property
+    def spent_s(self) -> float:
+        """For everything."""
+        return self.labels_s + self.trials_s + self.canary_s
+
+
 class StreamState(msgspec.Struct, kw_only=True):
     """One stream. ``stage``: how far its profiling is. ``profile``: this window's estimates.
 
@@ -163,8 +178,9 @@ class StreamState(msgspec.Struct, kw_only=True):
     was refused or failed; no other is started.
     ``canary``: a new model on its way; ``judged_version``: the newest that the gate has seen. ``penalties``: the last
     window in which a retraining configuration is not to be tried.
-    ``drift``: how far it is from what its model was made for, 0..1, None = not known; ``alarm``: a sudden drift of
-    this window that is acted upon.
+    ``drift``: how far it is from what its model was made for, 0..1, None = not known; ``doubt``: 1 less its student's
+    mean confidence, None = not known; ``alarm``: a sudden drift of this window that is acted upon.
+    ``label_frames``: frames that are set aside for its next labels, None = as many as its label rate asks for.
     ``latencies``: the last ones measured per
     inference configuration, seconds; ``late``: it was told in this window that the one in use is too slow.
     ``demands``: (share needed, part of the frames dropped) of the last reports per inference
@@ -200,6 +216,8 @@ class StreamState(msgspec.Struct, kw_only=True):
     judged_version: int = 0
     penalties: dict[str, int] = {}
     drift: float | None = None
+    doubt: float | None = None
+    label_frames: int | None = None
     alarm: DriftAlarm | None = None
     degraded: bool = False
     turned_s: float | None = None
@@ -226,6 +244,7 @@ class SiteState(msgspec.Struct, kw_only=True):
     ``watch_share`` is kept free where new models are compared. ``shed``: streams that are not served because there is
     no room for them. ``links_s``: until when transfers to and from the cloud are accounted for. ``move_costs_s``,
     ``change_costs_s``: what the last moves to another GPU and hand-overs on one cost, seconds.
+    ``label_spend``: of the window whose labels were begun last.
     """
 
     site: str
@@ -249,6 +268,7 @@ class SiteState(msgspec.Struct, kw_only=True):
     links_s: float = 0.0
     move_costs_s: list[float] = []
     change_costs_s: list[float] = []
+    label_spend: LabelSpend = msgspec.field(default_factory=LabelSpend)
     shed: list[str] = []
     clock_s: float = 0.0
     clock_wall_s: float = 0.0

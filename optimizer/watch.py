@@ -116,7 +116,8 @@ class WatchState:
                 else:
                     self._activity(event.stream_id, f"{text} kept old: {event.reason}", "yellow")
             case LabelsCollected():
-                self._activity(event.stream_id, f"{event.num_train + event.num_validation} labels", "blue")
+                right = "" if event.agreement is None else f", model right on {event.agreement:.0%}"
+                self._activity(event.stream_id, f"{event.num_train + event.num_validation} labels{right}", "blue")
             case ProfileEstimated():
                 self._activity(event.stream_id, f"profiled {len(event.retrain)} configurations", "yellow")
             case ExecutorChanged():

@@ -16,6 +16,7 @@ from optimizer.config import SiteConfig
 from optimizer.emitter import Emitter
 from optimizer.following import serving_job_id, used_shares
 from optimizer.gate import Verdict
+from optimizer.labels import Labels
 from optimizer.ports import ProfilerPort
 from optimizer.state import Canary, ExecutorState, SiteState, StreamState
 from protocol.events import GateDecided
@@ -45,6 +46,7 @@ class Watcher:
         profiler: ProfilerPort,
         emit: Emitter,
         want: Callable[[str], None],
+        labels: Labels,
     ) -> None:
         self._site = site
         self._state = state
@@ -53,6 +55,7 @@ class Watcher:
         self._profiler = profiler
         self._emit = emit
         self._want = want
+        self._labels = labels
 
     # ------------------------------------------------------------ events
 
@@ -116,12 +119,20 @@ class Watcher:
         )
         return verdict
 
-    def compared(self, job_id: str, result: CanaryResult, now: float) -> None:
-        """A stretch of live frames was labelled and both models compared on it."""
+    def compared(self, job_id: str, result: CanaryResult, now: float) -> tuple[CheckpointRef, float] | None:
+        """A stretch of live frames was labelled and both models compared on it.
+
+        The model that serves and its accuracy there; None when the job is none of ours.
+        """
         stream = self._of(job_id)
         canary = stream.canary if stream is not None else None
         if stream is None or canary is None or canary.job is None:
-            return
+            return None
+        serves = (
+            (canary.candidate, result.accuracy_candidate)
+            if canary.stage == "canary"
+            else (canary.previous, result.accuracy_previous)
+        )
         canary.watched_s = self._site_time(canary.job, canary.job.to_s)
         canary.job, canary.executor_id, canary.num_failures = None, "", 0
         canary.num_looks += 1
@@ -130,6 +141,7 @@ class Watcher:
         canary.right_candidate += result.accuracy_candidate * result.num_crops
         canary.right_previous += result.accuracy_previous * result.num_crops
         self._judge(stream, now, over=self._is_over(canary, now))
+        return serves
 
     def failed(self, job_id: str, now: float) -> bool:
         """A comparison failed: that stretch is skipped. False when the job is none of ours."""
@@ -218,6 +230,9 @@ class Watcher:
         offset = spec.start_s - self._state.origin_s
         # Never more than a few steps at once: what was missed while there was no room stays missed.
         begin = max(canary.watched_s, now - 2.0 * self._site.gate.step_s)
+        label_fps = self._labels.look_fps(stream, now - begin, now)
+        if label_fps <= 0.0:
+            return False
         canary.num_jobs += 1
         canary.executor_id = home
         canary.job = CanaryJob(
@@ -227,7 +242,7 @@ class Watcher:
             window=self._state.window,
             from_s=begin + offset,
             to_s=now + offset,
-            label_fps=min(self._site.gate.label_fps, spec.fps),
+            label_fps=label_fps,
             candidate=canary.candidate,
             previous=canary.previous,
         )

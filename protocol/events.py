@@ -228,6 +228,10 @@ class DriftScored(Event, frozen=True, kw_only=True, tag="drift_scored"):
 
 
 class LabelsCollected(Event, frozen=True, kw_only=True, tag="labels_collected"):
+    """A stream's window was labelled. ``golden_s``: busy seconds of its golden model; ``uniform_share``: part of the
+    frames that was spread evenly. ``agreement`` and its 95 % interval: accuracy of the serving model on these labels,
+    None where nothing was served."""
+
     stream_id: Name
     window: int
     num_frames: int
@@ -235,6 +239,22 @@ class LabelsCollected(Event, frozen=True, kw_only=True, tag="labels_collected"):
     num_validation: int
     class_counts: tuple[int, ...]
     seconds: Seconds
+    golden_s: Seconds = 0.0
+    uniform_share: Fraction = 1.0
+    agreement: Fraction | None = None
+    agreement_low: Fraction = 0.0
+    agreement_high: Fraction = 1.0
+
+
+class LabelsSpent(Event, frozen=True, kw_only=True, tag="labels_spent"):
+    """Busy seconds of golden models in a window that has ended, by what they were spent on. ``budget_gpu_s``: what
+    there was for all, what the window before overspent taken off; None = there is no limit."""
+
+    window: int
+    budget_gpu_s: Seconds | None
+    labels_s: Seconds
+    trials_s: Seconds
+    canary_s: Seconds
 
 
 class ProfileEstimated(Event, frozen=True, kw_only=True, tag="profile_estimated"):
@@ -302,6 +322,7 @@ TelemetryEvent = (
     | GateDecided
     | DriftScored
     | LabelsCollected
+    | LabelsSpent
     | ProfileEstimated
     | StreamDegraded
     | StreamRecovered

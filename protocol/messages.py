@@ -16,6 +16,7 @@ from protocol.schema import (
     Bytes,
     CanaryResult,
     CheckpointRef,
+    Count,
     DatasetRef,
     Fraction,
     GpuSpec,
@@ -58,6 +59,9 @@ class LabelJob(Record, frozen=True, kw_only=True, tag="label"):
 
     ``exemplars`` is the stream's previous data set (None at first), whose memory is carried over. ``record``: of a live
     stream that nobody serves yet: the job first records as many seconds, from now on, and labels those.
+    ``num_frames``: how many frames the budget has for it, 0 = as many as the label rate asks for. ``uniform_share``:
+    part of them that is spread evenly; the others are drawn where ``checkpoint``, the serving model, is unsure and
+    rare classes are. How far that model agrees with the labels is measured in any case; None = there is none yet.
     """
 
     job_id: str
@@ -69,6 +73,9 @@ class LabelJob(Record, frozen=True, kw_only=True, tag="label"):
     exemplars: DatasetRef | None = None
     memory_bytes: Bytes = 0
     record: bool = False
+    checkpoint: CheckpointRef | None = None
+    num_frames: Count = 0
+    uniform_share: Share = 1.0
 
 
 class TrialJob(Record, frozen=True, kw_only=True, tag="trial"):

@@ -303,11 +303,21 @@ class DatasetRef(Record, frozen=True, kw_only=True):
 
 
 class LabelResult(Record, frozen=True, kw_only=True, tag="labels"):
-    """Golden labels were written. ``class_counts`` is in the order of the stream's classes."""
+    """Golden labels were written. ``golden_s``: busy seconds of the golden model.
+
+    ``agreement``: accuracy of the serving model on them, every frame counted for those that it stands for; None where
+    nothing was served. ``agreement_low``, ``agreement_high``: its 95 % interval (Wilson), and ``num_pieces`` the
+    independent pieces of evidence that it rests on.
+    """
 
     dataset: DatasetRef
     num_frames: int
     seconds: Seconds
+    golden_s: Seconds = 0.0
+    agreement: Fraction | None = None
+    agreement_low: Fraction = 0.0
+    agreement_high: Fraction = 1.0
+    num_pieces: Count = 0
 
 
 class EpochResult(Record, frozen=True, kw_only=True):
@@ -355,6 +365,7 @@ class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
     ``accuracy_now``: serving model on labels it was not trained on, mean over frames; more of them than the
     validation split, which epoch 0 of the trials is measured on, where the model saw none of the window's labels.
     ``accuracy_low``, ``accuracy_high``: 95 % interval of ``accuracy_now`` (Wilson), one trial per road user.
+    ``golden_s``: busy seconds of the golden model on the clip of the inference trials.
     """
 
     stream_id: Name
@@ -365,6 +376,7 @@ class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
     seconds: Seconds
     accuracy_low: Fraction = 0.0
     accuracy_high: Fraction = 1.0
+    golden_s: Seconds = 0.0
 
 
 class StreamSignals(Record, frozen=True, kw_only=True):
@@ -413,7 +425,8 @@ class RetrainResult(Record, frozen=True, kw_only=True, tag="retraining"):
 
 
 class CanaryResult(Record, frozen=True, kw_only=True, tag="comparison"):
-    """Two models on labels of a live stretch that neither was trained on. ``num_crops`` labelled objects."""
+    """Two models on labels of a live stretch that neither was trained on. ``num_crops`` labelled objects;
+    ``golden_s``: busy seconds of the golden model."""
 
     stream_id: Name
     candidate_version: PositiveInt
@@ -423,6 +436,7 @@ class CanaryResult(Record, frozen=True, kw_only=True, tag="comparison"):
     accuracy_previous: Fraction
     paired: PairedCounts
     seconds: Seconds
+    golden_s: Seconds = 0.0
 
 
 class RetrainRun(Record, frozen=True, kw_only=True):

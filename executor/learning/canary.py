@@ -47,4 +47,5 @@ def compare(
         accuracy_previous=previous,
         paired=paired_counts(new, old),
         seconds=time.monotonic() - started,
+        golden_s=found.golden_s,
     )

@@ -21,17 +21,20 @@ from protocol.errors import InputError
 from protocol.schema import DatasetRef
 
 VALIDATION_SHARE = 0.25
-_NUM_BLOCKS = 8  # two of them validate: the middle and the end of the window, the end being nearest to what comes
+NUM_BLOCKS = 8  # two of them validate: the middle and the end of the window, the end being nearest to what comes
 
 
 class Examples(Protocol):
     """Labelled things to learn from; what they are is the task's business (see executor.learning.task).
 
-    ``frame_index`` int64 (N,); ``is_validation`` and ``is_exemplar`` bool (N,). Exemplars always train.
+    ``frame_index`` int64 (N,); ``is_validation`` and ``is_exemplar`` bool (N,). Exemplars always train. ``weight``
+    float32 (N,): how many frames of the labelled stretch the one that it came from stands for, up to a factor.
     """
 
     @property
     def frame_index(self) -> NDArray[np.int64]: ...
+    @property
+    def weight(self) -> NDArray[np.float32]: ...
     @property
     def is_validation(self) -> NDArray[np.bool_]: ...
     @property
@@ -55,6 +58,10 @@ class Examples(Protocol):
         """The same examples, those of the mask for validation and the others for training."""
         ...
 
+    def weighted(self, weight: NDArray[np.float32]) -> Self:
+        """The same examples with these weights (N,)."""
+        ...
+
     def class_counts(self, num_classes: int) -> tuple[int, ...]:
         """Labelled objects per class."""
         ...
@@ -76,7 +83,7 @@ E = TypeVar("E", bound=Examples)
 class CropSet:
     """N labelled crops. ``crops`` uint8 (N, px, px, 3), ``labels`` int64 (N,) indices into the stream's classes,
     ``frame_index`` int64 (N,), ``is_validation`` and ``is_exemplar`` bool (N,). Exemplars always train. ``boxes``
-    float32 (N, 4): where in the frame each was, NaN where that is not known."""
+    float32 (N, 4): where in the frame each was, NaN where that is not known. ``weight`` float32 (N,): see Examples."""
 
     crops: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -84,10 +91,13 @@ class CropSet:
     is_validation: NDArray[np.bool_]
     is_exemplar: NDArray[np.bool_]
     boxes: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    weight: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
 
     def __post_init__(self) -> None:
         if len(self.boxes) != len(self.labels):
             object.__setattr__(self, "boxes", np.full((len(self.labels), 4), np.nan, np.float32))
+        if len(self.weight) != len(self.labels):
+            object.__setattr__(self, "weight", np.ones(len(self.labels), np.float32))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -101,6 +111,7 @@ class CropSet:
             self.is_validation[mask],
             self.is_exemplar[mask],
             self.boxes[mask],
+            self.weight[mask],
         )
 
     @property
@@ -117,6 +128,10 @@ class CropSet:
         """The same crops, those of the mask for validation and the others for training."""
         return replace(self, is_validation=held_out)
 
+    def weighted(self, weight: NDArray[np.float32]) -> CropSet:
+        """The same crops with these weights."""
+        return replace(self, weight=weight)
+
     def class_counts(self, num_classes: int) -> tuple[int, ...]:
         """Crops per class."""
         return tuple(int(count) for count in np.bincount(self.labels, minlength=num_classes))
@@ -130,6 +145,7 @@ class CropSet:
             "is_validation": self.is_validation.astype(np.uint8),
             "is_exemplar": self.is_exemplar.astype(np.uint8),
             "boxes": self.boxes,
+            "weight": self.weight,
         }
 
     @classmethod
@@ -141,8 +157,9 @@ class CropSet:
             tensors["frame_index"],
             tensors["is_validation"].astype(np.bool_),
             tensors["is_exemplar"].astype(np.bool_),
-            # Files of earlier releases do not say where a crop was.
+            # Files of earlier releases do not say where a crop was, nor how its frame was drawn.
             tensors.get("boxes", np.zeros((0, 4), np.float32)),
+            tensors.get("weight", np.zeros(0, np.float32)),
         )
 
 
@@ -162,6 +179,7 @@ def concatenate(parts: list[CropSet]) -> CropSet:
         np.concatenate([part.is_validation for part in parts]),
         np.concatenate([part.is_exemplar for part in parts]),
         np.concatenate([part.boxes for part in parts]),
+        np.concatenate([part.weight for part in parts]),
     )
 
 
@@ -173,19 +191,39 @@ def validation_frames(frames: NDArray[np.int64]) -> NDArray[np.int64]:
     ordered = np.unique(frames)
     if len(ordered) < 2:
         return ordered[:0]
-    if len(ordered) < _NUM_BLOCKS:
+    if len(ordered) < NUM_BLOCKS:
         return ordered[-max(1, round(VALIDATION_SHARE * len(ordered))) :]
-    block = np.arange(len(ordered)) * _NUM_BLOCKS // len(ordered)
-    held_out: NDArray[np.int64] = ordered[(block + 1) % round(1 / VALIDATION_SHARE) == 0]
+    block = np.arange(len(ordered)) * NUM_BLOCKS // len(ordered)
+    return ordered[is_held_out_block(block)]
+
+
+def is_held_out_block(block: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """Which of the blocks of time (0 .. NUM_BLOCKS - 1) are held out."""
+    held_out: NDArray[np.bool_] = (block + 1) % round(1 / VALIDATION_SHARE) == 0
     return held_out
 
 
-def frame_mean(right: NDArray[np.bool_], frame_index: NDArray[np.int64]) -> float:
-    """Share of a frame's crops that are ``right`` (n,), mean over frames (the measure of serving); 0 of no crops."""
+def frame_mean(
+    right: NDArray[np.bool_], frame_index: NDArray[np.int64], weight: NDArray[np.float32] | None = None
+) -> float:
+    """Share of a frame's crops that are ``right`` (n,), mean over frames (the measure of serving); 0 of no crops.
+
+    ``weight`` (n,): of each crop's frame, None = all the same. With the weights of :mod:`executor.learning.sampling`
+    this estimates the mean over all frames of the stretch, however the frames were drawn (Hajek's estimator: its bias
+    is small beside its error).
+    """
     if len(right) == 0:
         return 0.0
-    _, frame, size = np.unique(frame_index, return_inverse=True, return_counts=True)
-    return float((np.bincount(frame, weights=right) / size).mean())
+    _, first, frame, size = np.unique(frame_index, return_index=True, return_inverse=True, return_counts=True)
+    each = np.bincount(frame, weights=right) / size
+    return float(np.average(each, weights=None if weight is None else weight[first]))
+
+
+def evenness(examples: Examples) -> float:
+    """What frames of unequal weight are worth beside as many of equal weight, 0..1 (Kish, 1965); 1 of none."""
+    _, first = np.unique(examples.frame_index, return_index=True)
+    weight = examples.weight[first].astype(np.float64)
+    return float(weight.sum() ** 2 / (len(weight) * (weight**2).sum())) if len(weight) else 1.0
 
 
 def save(

@@ -71,7 +71,13 @@ class Detection(Task[FrameSet]):
     def serving_accuracy(
         self, student: Student, examples: FrameSet, device: Device, stepper: Stepper | None = None
     ) -> float:
-        return self.evaluate(student, examples, device, stepper)[0]
+        total = weights = 0.0
+        for start, found, _ in _batches(_detector(student), examples, device, stepper):
+            for number, score in enumerate(_scores(examples, start, found), start):
+                if score is not None:
+                    weight = float(examples.weight[number])
+                    total, weights = total + weight * score, weights + weight
+        return total / weights if weights else 0.0
 
     def points(
         self, student: Student, examples: FrameSet, device: Device, stepper: Stepper | None = None

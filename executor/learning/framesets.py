@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,8 @@ class FrameSet:
 
     ``frames`` uint8 (N, h, w, 3), smaller ones padded with black at the right and the bottom; ``boxes`` float32 (M, 4)
     x0, y0, x1, y1 in pixels of ``frames``; ``labels`` int64 (M,) indices into the stream's classes; ``owner`` int64
-    (M,) the object's frame, ascending; ``frame_index`` int64 (N,); ``is_validation`` and ``is_exemplar`` bool (N,).
+    (M,) the object's frame, ascending; ``frame_index`` int64 (N,); ``is_validation`` and ``is_exemplar`` bool (N,);
+    ``weight`` float32 (N,): see executor.learning.datasets.Examples.
     """
 
     frames: NDArray[np.uint8]
@@ -33,6 +34,11 @@ class FrameSet:
     frame_index: NDArray[np.int64]
     is_validation: NDArray[np.bool_]
     is_exemplar: NDArray[np.bool_]
+    weight: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+
+    def __post_init__(self) -> None:
+        if len(self.weight) != len(self.frame_index):
+            object.__setattr__(self, "weight", np.ones(len(self.frame_index), np.float32))
 
     def __len__(self) -> int:
         return len(self.frame_index)
@@ -52,6 +58,7 @@ class FrameSet:
             self.frame_index[picked],
             self.is_validation[picked],
             self.is_exemplar[picked],
+            self.weight[picked],
         )
 
     @property
@@ -67,6 +74,10 @@ class FrameSet:
     def split(self, held_out: NDArray[np.bool_]) -> FrameSet:
         """The same frames, those of the mask for validation and the others for training."""
         return replace(self, is_validation=held_out)
+
+    def weighted(self, weight: NDArray[np.float32]) -> FrameSet:
+        """The same frames with these weights."""
+        return replace(self, weight=weight)
 
     def objects(self, number: int) -> Objects:
         """The true objects of a frame."""
@@ -87,6 +98,7 @@ class FrameSet:
             "frame_index": self.frame_index,
             "is_validation": self.is_validation.astype(np.uint8),
             "is_exemplar": self.is_exemplar.astype(np.uint8),
+            "weight": self.weight,
         }
 
     @classmethod
@@ -100,6 +112,7 @@ class FrameSet:
             tensors["frame_index"],
             tensors["is_validation"].astype(np.bool_),
             tensors["is_exemplar"].astype(np.bool_),
+            tensors.get("weight", np.zeros(0, np.float32)),
         )
 
 
@@ -161,6 +174,7 @@ def join(parts: Sequence[FrameSet], edge: int) -> FrameSet:
         np.concatenate([part.frame_index for part in parts]),
         np.concatenate([part.is_validation for part in parts]),
         np.concatenate([part.is_exemplar for part in parts]),
+        np.concatenate([part.weight for part in parts]),
     )
 
 

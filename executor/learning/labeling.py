@@ -6,6 +6,7 @@ the golden model found and where, so that a recorded stream can be replayed with
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Sequence
@@ -14,18 +15,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from executor.learning import datasets
+from executor.learning import checkpoints, datasets
 from executor.learning.device import Device
 from executor.learning.files import inside, write_atomically
 from executor.learning.golden import open_golden
+from executor.learning.inference import Analyser
+from executor.learning.models import Student
+from executor.learning.pairing import wilson
+from executor.learning.sampling import Sample, Worth, draw, frame_worth, rarity_of
 from executor.learning.stepping import Stepper
-from executor.learning.task import task_of
+from executor.learning.task import Task, task_of
 from executor.streams.frames import FrameSource
 from executor.streams.video import SourceError
-from protocol.errors import InputError
+from protocol.errors import CheckpointError, InputError
+from protocol.logs import line
 from protocol.messages import LabelJob
 from protocol.schema import LabelResult, StreamSpec
+
+_log = logging.getLogger(__name__)
 
 # Frame index, category id, box (4), score.
 SampleRow = tuple[int, int, list[float], float]
@@ -95,11 +104,15 @@ def label(
     """
     started = time.monotonic()
     stream, task = job.stream, task_of(job.stream)
-    indices = frames_to_label(job.from_s, job.to_s, stream.fps, stream.label_fps)
-    found = look(source, stream, indices, device, stepper, seed)
-    fresh = found.examples.split(
-        np.isin(found.examples.frame_index, datasets.validation_frames(found.examples.frame_index))
-    )
+    student = _serving(job, store, device)
+    sample = _sample(job, source, student, device, stepper, seed)
+    found = look(source, stream, sample.frames.tolist(), device, stepper, seed)
+    frame_index = found.examples.frame_index
+    held_out = datasets.validation_frames(frame_index) if sample.held_out is None else sample.frames[sample.held_out]
+    fresh = found.examples.split(np.isin(frame_index, held_out))
+    if len(sample.frames):
+        fresh = fresh.weighted(sample.weight[np.searchsorted(sample.frames, frame_index)].astype(np.float32))
+    agreement, num_pieces = _agreement(task, student, fresh, device, stepper)
     if job.exemplars is not None and stream.exemplars_per_class > 0:
         previous = task.read(store, job.exemplars, stream.classes)
         fresh = task.join([fresh, task.memory(previous, stream)], stream)
@@ -121,7 +134,81 @@ def label(
         classes=stream.classes,
         label_s_per_frame=found.golden_s / max(1, found.num_frames),
     )
-    return LabelResult(dataset=dataset, num_frames=found.num_frames, seconds=time.monotonic() - started)
+    low, high = wilson(agreement or 0.0, num_pieces)
+    return LabelResult(
+        dataset=dataset,
+        num_frames=found.num_frames,
+        seconds=time.monotonic() - started,
+        golden_s=found.golden_s,
+        agreement=agreement,
+        agreement_low=low,
+        agreement_high=high,
+        num_pieces=num_pieces,
+    )
+
+
+def _serving(job: LabelJob, store: Path, device: Device) -> Student | None:
+    """The serving model; None when there is none or it is damaged: labels are needed all the more then."""
+    if job.checkpoint is None:
+        return None
+    try:
+        student: Student = checkpoints.load(store, job.checkpoint)[0].to(device.torch_device)
+    except CheckpointError as error:
+        _log.warning(line("label_without_model", stream=job.stream.stream_id, reason=error))
+        return None
+    return student
+
+
+def _sample(
+    job: LabelJob, source: FrameSource, student: Student | None, device: Device, stepper: Stepper, seed: int
+) -> Sample:
+    """The frames to label: as the label rate has it, or as many as the budget pays for."""
+    stream = job.stream
+    every = frames_to_label(job.from_s, job.to_s, stream.fps, stream.label_fps)
+    if not 0 < job.num_frames < len(every):
+        return Sample(np.array(every, np.int64), np.ones(len(every)))
+    worth: Worth | None = None
+    if student is not None and job.uniform_share < 1.0:
+        analyser = task_of(stream).analyser(student, device, 0)
+        counts = job.exemplars.class_counts if job.exemplars is not None else ()
+        rarity = rarity_of(counts, len(stream.classes))
+        edge = stream.crop_px if stream.task == "classification" else stream.frame_px
+
+        def worth(frames: Sequence[int]) -> NDArray[np.float64]:
+            return np.array([_worth(source, index, analyser, edge, rarity, stepper) for index in frames])
+
+    first, last = (math.ceil(time_s * stream.fps - 1e-9) for time_s in (job.from_s, job.to_s))
+    # Fixed per stream and window: labelled again, a window gives the same data set.
+    return draw(
+        first, last, job.num_frames, job.uniform_share, worth, np.random.default_rng([seed, max(0, job.window)])
+    )
+
+
+def _worth(
+    source: FrameSource,
+    index: int,
+    analyser: Analyser,
+    edge: int,
+    rarity: NDArray[np.float64],
+    stepper: Stepper,
+) -> float:
+    """Of one frame; nothing for one that cannot be had, or when there is no time left."""
+    if stepper.step():
+        return 0.0
+    try:
+        return frame_worth(analyser.analyse(source.frame(index), edge), rarity)
+    except SourceError:
+        return 0.0
+
+
+def _agreement(
+    task: Task[Any], student: Student | None, fresh: Any, device: Device, stepper: Stepper
+) -> tuple[float | None, int]:
+    """(accuracy of the serving model on the new labels, pieces of evidence); (None, 0) where there is none."""
+    if student is None or len(fresh) == 0:
+        return None, 0
+    pieces = round(datasets.evenness(fresh) * task.num_pieces(fresh))
+    return task.serving_accuracy(student, fresh, device, stepper), pieces
 
 
 def write_rows(store: Path, rows: list[SampleRow], *, stream_id: str, window: int) -> None:

@@ -103,8 +103,8 @@ def correctness(student: Student, crops: CropSet, device: Device, stepper: Stepp
 
 
 def frame_mean_accuracy(student: Student, crops: CropSet, device: Device, stepper: Stepper | None = None) -> float:
-    """Share of a frame's crops classified right, mean over the frames of ``crops`` (the measure of serving)."""
-    return frame_mean(correctness(student, crops, device, stepper), crops.frame_index)
+    """Share of a frame's crops classified right, weighted mean over frames of ``crops`` (the measure of serving)."""
+    return frame_mean(correctness(student, crops, device, stepper), crops.frame_index, crops.weight)
 
 
 def even_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.int64]]:

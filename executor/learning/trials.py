@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from executor.learning import checkpoints
-from executor.learning.datasets import Examples
+from executor.learning.datasets import Examples, evenness
 from executor.learning.device import Device
 from executor.learning.golden import Labels, open_golden
 from executor.learning.inference import Analyser, Objects
@@ -64,11 +64,12 @@ def run_trials(
     # What serving will be worth is a mean over frames; labels that the model was trained on say nothing about it.
     unseen = crops.take(~crops.is_exemplar) if job.unseen else crops.validation
     accuracy_now = task.serving_accuracy(serving, unseen, device, stepper)
-    accuracy_low, accuracy_high = wilson(accuracy_now, task.num_pieces(unseen))
+    accuracy_low, accuracy_high = wilson(accuracy_now, round(evenness(unseen) * task.num_pieces(unseen)))
     retrain: list[RetrainTrial] = []
     inference: list[InferenceTrial] = []
+    golden_s = 0.0
     try:
-        inference += _inference_trials(job, serving, source, device, stepper, seed)
+        inference, golden_s = _inference_trials(job, serving, source, device, stepper, seed)
         for config in job.retrain:
             try:
                 retrain.append(
@@ -87,6 +88,7 @@ def run_trials(
         seconds=time.monotonic() - started,
         accuracy_low=accuracy_low,
         accuracy_high=accuracy_high,
+        golden_s=golden_s,
     )
 
 
@@ -141,11 +143,11 @@ def _epoch(epoch: int, measured: tuple[float, float], stepper: Stepper, start_bu
 
 def _inference_trials(
     job: TrialJob, serving: Student, source: FrameSource, device: Device, stepper: Stepper, seed: int
-) -> list[InferenceTrial]:
-    """Every configuration on the same clip. Configurations of one resolution share the analysed frames; each
-    is charged for those that it would have analysed."""
+) -> tuple[list[InferenceTrial], float]:
+    """Every configuration on the same clip, and the golden model's busy seconds. Configurations of one resolution
+    share the analysed frames; each is charged for those that it would have analysed."""
     if not job.inference or job.num_frames < 1:
-        return []
+        return [], 0.0
     stream, task = job.stream, task_of(job.stream)
     golden = open_golden(stream, device, stepper, seed)
     end = round(job.clip_end_s * stream.fps)
@@ -167,7 +169,7 @@ def _inference_trials(
         truth.append(labels)
         golden_busy_s += stepper.busy_s() - golden_start
     if not frames:
-        return []
+        return [], golden_busy_s
     fetch_s = max(0.0, stepper.busy_s() - start_busy_s - golden_busy_s) / len(frames)
     del golden  # which would count as memory that serving needs
     analyser = task.analyser(serving, device, job.checkpoint.version)
@@ -182,7 +184,7 @@ def _inference_trials(
             trials[config.config_id] = _judged(
                 task, config, frames, truth, results, analyse_s, fetch_s, device, stepper
             )
-    return [trials[config.config_id] for config in job.inference]
+    return [trials[config.config_id] for config in job.inference], golden_busy_s
 
 
 def _analysed(
