@@ -29,8 +29,8 @@ _PRIOR_EPOCHS = 0.4
 _CHURN = 0.2
 # A retraining has levelled off when this part of its epochs (2 at least) brought no more than this.
 _FLAT_PART, _FLAT_GAIN = 0.25, 0.005
-# By the clock a retraining takes at most so many times its busy seconds: more is a stop, not a speed.
-_SLOWEST = 4.0
+# The last validation is reckoned to take at most so many times its busy seconds by the clock.
+_SLOWEST = 1.5
 # What is still to come is worth waiting for above this.
 _WORTH = 0.01
 # A worker that was told to stop hands its model in within so many seconds.
@@ -112,30 +112,30 @@ def expected_seconds(
 ) -> float:
     """GPU-seconds that a retraining will take in all, told from its epochs so far; ``gpu_seconds``: as estimated.
 
-    By the clock (``work_s`` when each epoch was heard of) where two epochs after the first validation were: what is
-    behind it, the epochs to come, and one validation with what else comes last. That counts starting, waiting for a
-    busy machine and a share that is not what it is called, which busy seconds do not. Before that by busy seconds, of
-    which the estimate's start-up is kept.
+    By the clock where it is known (``work_s`` when each epoch was heard of): what is behind it, the epochs to come at
+    the pace of those seen, and one validation with what else comes last. That counts starting, waiting for a busy
+    machine and a share that is not what it is called, which busy seconds do not. Else by busy seconds, of which the
+    estimate's start-up is kept.
     """
     seen = epochs[-1].epoch if epochs else 0
     if seen < 1:
         return gpu_seconds
-    heard = [(e.epoch, w) for e, w in zip(epochs, work_s, strict=False) if e.epoch >= 1]
-    if len(work_s) == len(epochs) and len(heard) >= 2 and heard[-1][1] > heard[0][1]:
-        (first, begun_s), (last, behind_s) = heard[0], heard[-1]
-        per_epoch = (behind_s - begun_s) / (last - first)
-        busy_s = sum(e.busy_s for e in epochs if first < e.epoch <= last)
-        # A validation takes longer by the clock in the measure in which epochs do.
-        slower = min(max((behind_s - begun_s) / busy_s, 1.0), _SLOWEST) if busy_s > 0.0 else 1.0
-        rest_s = slower * epochs[0].busy_s if epochs[0].epoch == 0 else 0.0
-        return behind_s + (num_epochs - last) * per_epoch + rest_s
-    per_epoch = sum(e.busy_s for e in epochs if e.epoch >= 1) / max(1, len(heard) or len(epochs) - 1)
-    if per_epoch <= 0.0:
-        return gpu_seconds
+    trained = [e for e in epochs if e.epoch >= 1]
     validation_s = epochs[0].busy_s if epochs[0].epoch == 0 else 0.0
-    around_s = max(validation_s, gpu_seconds - per_epoch * num_epochs)
+    busy_s = sum(e.busy_s for e in trained) / len(trained)
+    if busy_s <= 0.0:
+        return gpu_seconds
+    if len(work_s) == len(epochs):
+        behind_s, first = work_s[-1], len(epochs) - len(trained)
+        per_epoch = busy_s
+        if len(trained) >= 2 and behind_s > work_s[first]:
+            per_epoch = (behind_s - work_s[first]) / (seen - trained[0].epoch)
+        # A validation takes longer by the clock in the measure in which epochs do, but for what comes with every epoch.
+        slower = min(max(per_epoch / busy_s, 1.0), _SLOWEST)
+        return behind_s + (num_epochs - seen) * per_epoch + slower * validation_s
+    around_s = max(validation_s, gpu_seconds - busy_s * num_epochs)
     # Start-up is not among the epochs: what of the estimate they do not explain is kept, but no more than a tenth.
-    return per_epoch * num_epochs + min(around_s, max(validation_s, 0.1 * gpu_seconds))
+    return busy_s * num_epochs + min(around_s, max(validation_s, 0.1 * gpu_seconds))
 
 
 def _progress(epoch: int, num_epochs: int) -> float:

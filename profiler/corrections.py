@@ -95,8 +95,9 @@ def retraining_costs(
 def cost_ratio(
     config: RetrainConfig, history: StreamHistory, costs: Mapping[GroupKey, CostModel] | None = None
 ) -> float:
-    """Realised over predicted GPU-seconds (geometric mean, shrunk to 1), the stream's and then the group's.
+    """Realised over predicted busy seconds (geometric mean, shrunk to 1), the stream's and then the group's.
 
+    What the clock adds to busy seconds belongs to the machine and not to the stream (profiler/slowness.py).
     Predicted by ``costs``, as the next retraining will be; where these know nothing of it, as it was at the time.
     """
     key = group_key(config)
@@ -104,10 +105,10 @@ def cost_ratio(
     own: list[tuple[float, float]] = []
     for age, window in enumerate(reversed(history.windows)):
         for outcome in window.outcomes:
-            base_s, work_s = _base_seconds(window, outcome, costs or {}), work_done(outcome)
-            if base_s is None or not _all_epochs_done(outcome) or work_s <= 0.0:
+            base_s, busy_s = _base_seconds(window, outcome, costs or {}), outcome.result.busy_s
+            if base_s is None or not _all_epochs_done(outcome) or busy_s <= 0.0:
                 continue
-            error = (math.log(work_s / base_s), DECAY**age)
+            error = (math.log(busy_s / base_s), DECAY**age)
             errors.append(error)
             if group_key(outcome.result.config) == key:
                 own.append(error)
@@ -116,18 +117,6 @@ def cost_ratio(
     rest, _ = shrunk_mean(((error - pooled, weight) for error, weight in own), 0.5)
     bound = math.log(MAX_COST_RATIO)
     return math.exp(max(-bound, min(bound, pooled + rest)))
-
-
-def work_done(outcome: Outcome) -> float:
-    """GPU-seconds that a retraining cost in the planner's currency, by the clock where it was seen whole.
-
-    The clock knows what busy seconds do not: starting the worker, waiting for a core that others use as well, the way
-    of the report. One that ran far longer than it was busy was stopped or starved, which says nothing about the next.
-    """
-    busy_s = outcome.result.busy_s
-    if outcome.run is None or outcome.run.work_s <= 0.0:
-        return busy_s
-    return min(outcome.run.work_s, MAX_COST_RATIO * busy_s) if busy_s > 0.0 else outcome.run.work_s
 
 
 def reached_accuracy(outcome: Outcome) -> float | None:

@@ -12,6 +12,7 @@ from profiler.intervals import PastError
 from profiler.points import window_points
 from profiler.priors import AccuracyPrior, fit_prior
 from profiler.process import Point
+from profiler.slowness import Slowness, learn_slowness
 from profiler.targets import Gaps, SiteWindow, learn_gaps, observations, worth
 from protocol.schema import Record
 
@@ -22,7 +23,7 @@ class SiteKnowledge(Record, frozen=True, kw_only=True):
 
     ``errors``: past estimates' errors, for the intervals. ``costs``: of groups of configurations on any stream, from
     trials; ``retrained``: from whole retrainings.
-    ``points``: accuracies measured on all streams.
+    ``points``: accuracies measured on all streams. ``slowness``: what the clock adds to busy seconds.
     """
 
     prior: AccuracyPrior | None = None
@@ -31,6 +32,7 @@ class SiteKnowledge(Record, frozen=True, kw_only=True):
     costs: dict[GroupKey, CostModel] = msgspec.field(default_factory=dict)
     retrained: dict[GroupKey, CostModel] = msgspec.field(default_factory=dict)
     points: tuple[Point, ...] = ()
+    slowness: Slowness = Slowness()
 
 
 def learn_site(
@@ -43,6 +45,7 @@ def learn_site(
         gaps=gaps,
         errors=_errors(windows, gaps),
         costs=dict(costs),
+        slowness=learn_slowness(windows),
         retrained=retraining_costs([w.history for w in sorted(windows, key=lambda w: w.order)], costs),
         points=tuple(
             point for w in windows for point in window_points(w.stream_id, w.order, w.history, live=correct_live)

@@ -106,7 +106,7 @@ def estimate_retrain(
                 base_gpu_seconds=base,
                 accuracy_after=_clip(after),
                 accuracy_error=min(scale * widened, MAX_ERROR),
-                gpu_seconds=base * cost_ratio(config, history, known_costs),
+                gpu_seconds=site.slowness.work_s(base * cost_ratio(config, history, known_costs)),
                 scale=scale,
             )
         )

@@ -12,12 +12,13 @@ import msgspec
 import numpy as np
 import pytest
 
-from profiler.corrections import cost_ratio
 from profiler.costs import CostModel, group_key
 from profiler.history import History
 from profiler.records import Outcome, StreamHistory, WindowHistory
 from profiler.service import SiteProfiler
 from profiler.shares import ShareRun, fit_share_curve
+from profiler.slowness import learn_slowness
+from profiler.targets import SiteWindow
 from protocol.events import StreamAccuracy
 from protocol.schema import EpochResult, Record, RetrainConfig, RetrainRun
 from tests.profiler.profiler_world import INFERENCE, RETRAIN, SPEC, World
@@ -150,16 +151,34 @@ def test_costs_of_the_site_are_a_running_mean_per_group_and_device(tmp_path: Pat
         assert history.costs("cpu/pacing")[key].seconds_per_sample == pytest.approx(0.002)
 
 
-def test_costs_are_learned_from_the_clock_where_a_retraining_was_seen_whole() -> None:
-    world = World(2)
-    trial = world.trial(0, (RETRAIN[4], RETRAIN[10]))
-    site_outcome = world.outcome(0, RETRAIN[10])
-    busy = site_outcome.result.busy_s
-    run = RetrainRun(executor_id="a", device="cpu/pacing", share=0.5, elapsed_s=2.6 * busy, work_s=1.3 * busy)
-    ratios = []
-    for outcome in (site_outcome, msgspec.structs.replace(site_outcome, run=run)):
-        ratios.append(cost_ratio(RETRAIN[10], _one_window(world, trial_of=trial, outcome=outcome)))
-    assert ratios[1] > 1.1 * ratios[0]
+def ran(busy_s: float, share: float, elapsed_s: float, *, stream: str = "north", order: int = 0) -> SiteWindow:
+    """A window of a stream whose one retraining was busy for ``busy_s`` and took ``elapsed_s`` at ``share``."""
+    outcome = World(2).outcome(order, RETRAIN[10])
+    run = RetrainRun(executor_id="a", device="cpu", share=share, elapsed_s=elapsed_s, work_s=share * elapsed_s)
+    result = msgspec.structs.replace(outcome.result, busy_s=busy_s)
+    history = WindowHistory(window=order, outcomes=(msgspec.structs.replace(outcome, result=result, run=run),))
+    return SiteWindow(order=order, stream_id=stream, history=history)
+
+
+@pytest.mark.parametrize(("start_s", "factor"), [(0.2, 1.0), (1.0, 1.6), (0.0, 2.5)])
+def test_what_the_clock_adds_to_busy_seconds_is_learned_from_all_streams(start_s: float, factor: float) -> None:
+    draw = np.random.default_rng(8)
+    windows = []
+    for index in range(12):
+        busy_s, share = float(draw.uniform(0.5, 6.0)), float(draw.choice([0.2, 0.4, 0.7]))
+        elapsed_s = (start_s + factor * busy_s / share) * math.exp(0.05 * draw.normal())
+        windows.append(ran(busy_s, share, elapsed_s, stream=f"s{index % 4}", order=index // 4))
+    found = learn_slowness(windows)
+    for busy_s, share in ((0.8, 0.5), (3.0, 0.5), (6.0, 0.5)):
+        assert found.work_s(busy_s) == pytest.approx(share * (start_s + factor * busy_s / share), rel=0.1)
+
+
+def test_a_machine_that_has_become_busy_is_noticed_within_a_window() -> None:
+    calm = [ran(2.0, 0.5, 4.2, stream=f"s{i}", order=order) for order in range(4) for i in range(3)]
+    busy = [ran(2.0, 0.5, 9.0, stream=f"s{i}", order=4) for i in range(3)]
+    assert learn_slowness(calm).factor == pytest.approx(1.0, abs=0.08)
+    assert learn_slowness([*calm, *busy]).factor > 1.4
+    assert learn_slowness([]).work_s(3.0) == 3.0, "nothing is added to what nothing is known of"
 
 
 def _one_window(world: World, *, trial_of: object, outcome: Outcome) -> StreamHistory:

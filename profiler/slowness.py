@@ -1,0 +1,69 @@
+"""How much longer than its busy seconds a retraining takes by the clock, learned from the site's latest ones.
+
+Model, for a retraining that was busy for b seconds at a granted throughput of r (GPU-seconds by the execution model
+over seconds elapsed):
+
+    elapsed = t0 + f * b / r,   or in the planner's GPU-seconds:   work = t0 * r + f * b
+
+1. t0: commanding, starting and reporting, which no share shortens;
+2. f: waiting for a core that others use as well, shares that are not what they are called;
+3. weighted least squares of relative errors; newer windows count more, and t0 = 0.25 s and f = 1 count like a few
+   retrainings. Both belong to the machine at the moment and not to a stream: they are learned from all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from profiler.records import Outcome
+from profiler.targets import SiteWindow
+from protocol.schema import Record
+
+USUAL_START_S, USUAL_FACTOR = 0.25, 1.0
+_START_SPREAD, _FACTOR_SPREAD = 0.8, 0.6
+_NOISE = 0.1
+# Weight of a window against the one after it: how busy a machine is changes.
+_DECAY = 0.25
+_MOST_START_S, _LEAST_FACTOR, _MOST_FACTOR = 5.0, 0.7, 4.0
+# Throughput that a retraining is likely to be granted, as it is estimated before it has a share.
+LIKELY_RATE = 0.5
+
+
+class Slowness(Record, frozen=True, kw_only=True):
+    """``start_s``: t0, seconds. ``factor``: f."""
+
+    start_s: float = 0.0
+    factor: float = 1.0
+
+    def work_s(self, busy_s: float) -> float:
+        """GPU-seconds that a retraining will take in the planner's currency."""
+        return self.start_s * LIKELY_RATE + self.factor * busy_s
+
+
+def learn_slowness(windows: Sequence[SiteWindow]) -> Slowness:
+    """From all retrainings that were seen whole; nothing is added without any."""
+    newest = max((w.order for w in windows), default=0)
+    seen = [(w.order, outcome) for w in windows for outcome in w.history.outcomes if _counts(outcome)]
+    if not seen:
+        return Slowness()
+    rows = [[1.0 / _START_SPREAD, 0.0], [0.0, 1.0 / _FACTOR_SPREAD]]
+    wanted = [USUAL_START_S / _START_SPREAD, USUAL_FACTOR / _FACTOR_SPREAD]
+    for order, outcome in seen:
+        assert outcome.run is not None
+        weight = _DECAY ** (0.5 * (newest - order)) / _NOISE
+        rate, work_s = outcome.run.work_s / outcome.run.elapsed_s, outcome.run.work_s
+        rows.append([weight * rate / work_s, weight * outcome.result.busy_s / work_s])
+        wanted.append(weight)
+    start_s, factor = np.linalg.lstsq(np.array(rows), np.array(wanted), rcond=None)[0]
+    return Slowness(
+        start_s=float(np.clip(start_s, 0.0, _MOST_START_S)),
+        factor=float(np.clip(factor, _LEAST_FACTOR, _MOST_FACTOR)),
+    )
+
+
+def _counts(outcome: Outcome) -> bool:
+    run, result = outcome.run, outcome.result
+    done = max((e.epoch for e in result.epochs), default=0) >= result.config.epochs
+    return run is not None and done and result.busy_s > 0.0 and run.work_s > 0.0 and run.elapsed_s > 0.0
