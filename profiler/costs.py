@@ -158,6 +158,16 @@ def mean_cost(newest_first: Sequence[CostModel]) -> CostModel:
     )
 
 
+def alike(cost: CostModel, tried: CostModel | None) -> bool:
+    """Whether a cost may hold where ``tried`` was measured: seconds per sample within a factor of two, if at all known.
+
+    Streams of one site may have other students, or crops of another size.
+    """
+    if tried is None or tried.seconds_per_sample <= 0.0 or cost.seconds_per_sample <= 0.0:
+        return True
+    return 0.5 <= cost.seconds_per_sample / tried.seconds_per_sample <= 2.0
+
+
 def _batched(num_samples: int, config: RetrainConfig) -> float:
     """Samples that an epoch costs: a last batch that is not full costs less than a full one and more than its samples,
     the mean of both, in factors."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from profiler.corrections import DECAY, cost_ratio, reached_best, retraining_costs, shrunk_mean
-from profiler.costs import CostModel, GroupKey, cost_model, diverged, group_key, key_distance, neighbour_cost
+from profiler.costs import CostModel, GroupKey, alike, cost_model, diverged, group_key, key_distance, neighbour_cost
 from profiler.curves import LearningCurve, effective_effort, fit_curve, likely_ceiling
 from profiler.intervals import PastError, factor
 from profiler.knowledge import SiteKnowledge
@@ -66,9 +66,11 @@ def estimate_retrain(
             )
             costs[key] = cost
 
-    # The stream's own retrainings know best, then its trials, then the retrainings and the trials of others.
-    known_costs = {**site.costs, **site.retrained, **costs}
-    known_costs |= retraining_costs(history.windows, known_costs)
+    # The stream's own retrainings know best, then those of others where its trials do not contradict them.
+    known_costs = {**site.costs, **costs}
+    own = retraining_costs(history.windows, known_costs)
+    known_costs |= {key: cost for key, cost in site.retrained.items() if alike(cost, costs.get(key))}
+    known_costs |= own
     expected = _expected(trial, dataset, retrain, accuracy_now, history, site)
     # The process takes the serving model's accuracy for exact; on a handful of labels it is anything but.
     now_error = noise(accuracy_now, dataset.num_train + dataset.num_validation)
