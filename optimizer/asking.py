@@ -51,12 +51,13 @@ class Asker:
         self._emit = emit
         self._question: _Question | None = None
         self._wanted: str | None = None
+        self._after = ""
         self._token = 0
 
     @property
     def waiting(self) -> bool:
         """A question is open or about to be asked."""
-        return self._question is not None or self._wanted is not None
+        return self._question is not None or self._wanted is not None or bool(self._after)
 
     def room_for_trials(self, executor_id: str) -> float:
         """What the plan in force, and the one that is being made, keep free for labels and trials."""
@@ -65,7 +66,14 @@ class Asker:
 
     def forget(self) -> None:
         """Whatever was asked or wanted does not matter any more."""
-        self._question, self._wanted = None, None
+        self._question, self._wanted, self._after = None, None, ""
+
+    def want_after(self, reason: str) -> None:
+        """Ask once the answer to an open question is there: what comes often must not keep plans from being made."""
+        if self._question is None:
+            self.want(reason)
+        else:
+            self._after = f"{self._after}; {reason}" if self._after else reason
 
     def want(self, reason: str) -> None:
         self._wanted = f"{self._wanted}; {reason}" if self._wanted else reason
@@ -95,7 +103,9 @@ class Asker:
             return  # asked again as soon as an executor is there
         for stream in state.streams.values():
             demands.plan_with(stream)
-        self._wanted = None
+        # The newest state is asked about: what was to be asked later is in it.
+        reason = f"{reason}; {self._after}" if self._after else reason
+        self._wanted, self._after = None, ""
         self._token += 1
         phase: Literal["profiling", "plan", "replan"] = (
             "profiling" if serving_only else "plan" if state.phase == "planning" else "replan"
@@ -109,6 +119,9 @@ class Asker:
         if question is None or event.token != question.token:
             return  # the answer to an older question
         self._question = None
+        if self._after:
+            self.want(self._after)
+            self._after = ""
         if event.plan is None:
             self._do_with_less(question, event.reason)
             return

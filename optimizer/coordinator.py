@@ -304,7 +304,7 @@ class Coordinator:
                     self._labels.charge(trials.stream_id, trials)
                 self._emit.add(*self._pipeline.tried(job_id, trials, now))
                 if self.state.phase in ("planning", "executing") and trials.window == self.state.window:
-                    self._asker.want(f"{trials.stream_id} was profiled")
+                    self._asker.want_after(f"{trials.stream_id} was profiled")
             case m.RetrainDone():
                 self._retrained(message, now)
             case m.CanaryDone(job_id=job_id, result=comparison):

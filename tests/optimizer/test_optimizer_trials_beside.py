@@ -211,3 +211,17 @@ def test_a_job_that_began_with_little_grows_when_there_is_room() -> None:
     assert state.pipeline[executor_id].job_id == job_id
     assert state.pipeline[executor_id].share == pytest.approx(granted)
     assert run.executors[executor_id].running[job_id].job.share == pytest.approx(granted)
+
+
+def test_streams_that_are_profiled_one_after_another_do_not_keep_a_plan_from_being_made() -> None:
+    profiling = msgspec.structs.replace(BESIDE, ahead=0.0, head_start=0.05)
+    run, _, profiler = simulation(site(num_streams=6, profiling=profiling), num_gpus=6, num_windows=2)
+    profiler.wish = NOTHING
+    run._decision_s = lambda _: 3.0  # a plan takes longer than the time between two results
+    run.run(until_s=1000.0)
+    assert run.finish is not None
+    plans = [e for e in run.events if isinstance(e, PlanSolved) and e.window == 1 and e.phase == "plan"]
+    assert plans
+    assert plans[0].site_s - opened_s(run, 1) < 20.0
+    known = {e.stream_id for e in run.events if isinstance(e, RetrainFinished) and e.window == 1}
+    assert known, "what was profiled meanwhile is planned with after it"
