@@ -2,6 +2,7 @@
 
     --variants calibrated,paper      profiling of this project against the paper's micro-profiler (the default)
     --variants timeline,milp         two policies
+    --variants calibrated,profiling.when=before      an option of the site file; its value as it is, or in quotes
 
 Per seed both variants run at the same time, each on cores of its own (``--run-cores``, the executor on the first of
 them), so that whatever else the machine does meets both. A seed changes the cameras of a procedural site, or where a
@@ -50,8 +51,9 @@ class Outcome(Record, frozen=True, kw_only=True):
     trial_gpu_s: float
 
 
-def seeded(site: Path, seed: int, folder: Path) -> Path:
-    """The site with other cameras (seed 0: as it is), written to ``folder``; files are named absolutely."""
+def seeded(site: Path, seed: int, folder: Path, option: str = "") -> Path:
+    """The site with other cameras (seed 0: as it is) and an ``option`` set, written to ``folder``; files are named
+    absolutely."""
     text = site.read_text()
 
     def absolute(match: re.Match[str]) -> str:
@@ -60,17 +62,41 @@ def seeded(site: Path, seed: int, folder: Path) -> Path:
     text = re.sub(r'\b(video|samples|path|file) = "([^"]+)"', absolute, text)
     text = re.sub(r"(?m)^seed = (\d+)", lambda m: f"seed = {int(m[1]) + 1000 * seed}", text)
     text = re.sub(r"(?m)^start_s = ([\d.]+)", lambda m: f"start_s = {float(m[1]) + 7.0 * seed}", text)
-    written = folder / f"{site.stem}-{seed}.toml"
+    if option:
+        text = _with_option(text, option)
+    written = folder / f"{site.stem}-{seed}-{option or 'plain'}.toml"
     written.write_text(text)
     return written
+
+
+def _with_option(text: str, option: str) -> str:
+    """TOML ``text`` with ``section.key=value`` in place of what it says there."""
+    name, _, value = option.partition("=")
+    section, _, key = name.rpartition(".")
+    if not re.fullmatch(r"[\d.]+|true|false", value):
+        value = f'"{value}"'
+    lines, where, out = text.splitlines(), "", []
+    for line in [*lines, "[end]"]:
+        head = re.fullmatch(r"\[+([^\]]+)\]+.*", line)
+        if head is not None:
+            if where == section:
+                out.append(f"{key} = {value}")
+                section = "\0"
+            where = head[1]
+        if where != section or not re.match(rf"{re.escape(key)}\s*=", line):
+            out.append(line)
+    if section != "\0":
+        out[-1:] = [f"[{section}]", f"{key} = {value}", "[end]"]
+    return "\n".join(out[:-1]) + "\n"
 
 
 def run(site: Path, variant: str, seed: int, windows: int, cores: tuple[int, ...], folder: Path) -> Outcome:
     """Run one variant on ``cores``. RuntimeError with what it said when it fails."""
     out = folder / f"{site.stem}-{variant}-{seed}"
-    policy = "timeline" if variant in PROFILING else variant
+    option = variant if "=" in variant else ""
+    policy = "timeline" if variant in PROFILING or option else variant
     profiling = ["--profiling", variant] if variant in PROFILING else []
-    command = [sys.executable, "-m", "optimizer.cli", "experiment", str(seeded(site, seed, folder)), *profiling]
+    command = [sys.executable, "-m", "optimizer.cli", "experiment", str(seeded(site, seed, folder, option)), *profiling]
     command += ["--policies", policy, "--windows", str(windows), "--out", str(out), "--devices", f"cpu:{cores[0]}"]
     limit_s = _MOST_S_BEFORE + windows * _MOST_S_PER_WINDOW
     ended = subprocess.run(
