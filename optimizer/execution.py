@@ -13,6 +13,7 @@ from protocol.plan import CloudProfile, InferenceProfile, Problem, RetrainProfil
 from protocol.schema import GpuSpec, LinkSpec
 
 TOLERANCE = 1e-6  # of one quantum: forgives the rounding of a share that was written as a decimal
+LABEL_TOLERANCE, LABEL_TOLERANCE_S = 1e-6, 1e-9  # of the label budget, and seconds
 
 
 def quanta_per_gpu(quantum: float) -> int:
@@ -99,6 +100,19 @@ def most_label_seconds(stream: StreamProfile) -> float:
     """The most golden-model seconds that one retraining of ``stream`` asks for."""
     on_gpu = max((p.label_seconds for p in stream.retrain), default=0.0)
     return max(on_gpu, max((p.label_seconds for p in stream.cloud), default=0.0))
+
+
+def labels_are_short(problem: Problem) -> bool:
+    """Whether the streams could want more labels than the budget has."""
+    if problem.label_budget_s is None:
+        return False
+    return sum(most_label_seconds(stream) for stream in problem.streams) > problem.label_budget_s
+
+
+def label_budget(problem: Problem) -> float:
+    """Golden-model seconds that all retrainings of a plan may need, the tolerance included; inf = no budget."""
+    budget_s = problem.label_budget_s
+    return math.inf if budget_s is None else budget_s + max(LABEL_TOLERANCE_S, LABEL_TOLERANCE * budget_s)
 
 
 def transfer_times(link: LinkSpec, queue: Sequence[CloudProfile]) -> list[tuple[float, float]]:

@@ -25,6 +25,7 @@ from optimizer.execution import (
     fastest_retrain_seconds,
     fits,
     gpu_classes,
+    label_budget,
     needed_quanta,
     own_window_s,
     quanta_of,
@@ -156,7 +157,7 @@ class _Judging:
             if profile is not None
         ]
         total_s = math.fsum(profile.label_seconds for profile in chosen)
-        if total_s > budget_s + max(SECONDS_TOLERANCE, 1e-6 * budget_s):
+        if total_s > label_budget(self.problem):
             text = f"the retrainings need {total_s:g} s of labelling, the budget is {budget_s:g} s"
             self.report("labels", "plan", text)
 

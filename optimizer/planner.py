@@ -1,9 +1,10 @@
 """A plan by the deadline, whatever happens to the solver.
 
 Incumbents are made at once, the quickest first (the last plan repaired or everything served as cheaply as can be,
-fair shares, the thief), while an exact policy works in a warm child process. When it answers, fails, or the deadline
-comes, the best plan *by the judge* is handed out, and its ``SolveReport`` says which method made it and why no better
-one did. A child that is late is killed; a spare one, started in a quiet moment, takes over for the next question.
+fair shares, shares by marginal worth with and without retraining, the thief), while an exact policy works in a warm
+child process. When it answers, fails, or the deadline comes, the best plan *by the judge* is handed out, and its
+``SolveReport`` says which method made it and why no better one did. A child that is late is killed; a spare one,
+started in a quiet moment, takes over for the next question.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgspec
 
 from optimizer.objective import SECONDS_TOLERANCE, Verdict, judge, stamped
 from optimizer.policies import baselines
+from optimizer.policies.marginal import marginal, serving_only
 from optimizer.policies.reductions import lowered
 from optimizer.policies.registry import PolicyEntry, get_policy, policy_entry
 from optimizer.problems import check_problem
@@ -33,7 +35,14 @@ _ANSWER_MARGIN_S = (0.03, 6e-5)
 _JUDGING_S = (0.005, 3e-5)
 # Seconds per stream that an incumbent takes on a quiet machine, and seconds of any besides. What the first one took
 # beyond that tells how busy the machine is.
-_PACE_S = {"last plan repaired": 8e-5, "cheapest": 6e-5, "fair": 4e-4, "thief": 1.4e-3}
+_PACE_S = {
+    "last plan repaired": 8e-5,
+    "cheapest": 6e-5,
+    "fair": 4e-4,
+    "marginal": 4e-4,
+    "serving only": 3e-4,
+    "thief": 1.4e-3,
+}
 _LEAST_S = 2e-3
 _PATIENCE = 0.25  # of the deadline, that a child has to leave a dropped question
 _CAUTION = 1.5  # incumbents are begun if so many times their usual time is left
@@ -267,6 +276,9 @@ class Planner:
         if not question.has_plan:
             busy = self._timed(question, "cheapest", lambda: baselines.cheapest(problem), busy)
         busy = self._timed(question, "fair", lambda: baselines.fair(problem, INCUMBENT_BUDGET_S), busy)
+        if self._entry.exact:
+            busy = self._timed(question, "marginal", lambda: marginal(problem, INCUMBENT_BUDGET_S), busy)
+            busy = self._timed(question, "serving only", lambda: serving_only(problem), busy)
         self._timed(question, "thief", lambda: baselines.thief_or_uniform(problem, INCUMBENT_BUDGET_S), busy)
 
     def _timed(self, question: _Question, method: str, make: Callable[[], Plan], busy: float) -> float:
@@ -300,7 +312,7 @@ class Planner:
         wanted: Candidate | None = None
         if answer is not None and answer.plan is not None:
             plan = answer.plan
-            if _steps(plan) > _of(_MOST_STEPS, question.problem):
+            if _has_endless_steps(plan, question.problem):
                 question.notes.append(f"{self.policy_name}: its plan has more steps than any plan can have")
             else:
                 wanted = self._attempt(question, self.policy_name, lambda: plan)
@@ -375,6 +387,12 @@ def _unattainable(problem: Problem, verdict: Verdict) -> list[str]:
     broken = {violation.subject for violation in verdict.violations if violation.kind == "latency"}
     found = [text for text in found if text.partition(" ")[0] not in broken]
     return [f"no configuration keeps the latency limit of {', '.join(found)}"] if found else []
+
+
+def _has_endless_steps(plan: Plan, problem: Problem) -> bool:
+    """Steps begin at ends of retrainings, so that no stream has more of them than there are streams, and one."""
+    most = len(problem.streams) + 1
+    return any(len(a.inference) > most for a in plan.assignments) or _steps(plan) > _of(_MOST_STEPS, problem)
 
 
 def _steps(plan: Plan) -> int:

@@ -79,8 +79,10 @@ class SolverPool:
     def late(self) -> None:
         """The child did not answer in time: end it, unless it is still starting, which would only begin again.
 
-        What it was asked it answers at once when it has started, for that deadline has passed then; nobody listens.
+        What it was asked it never gets to see.
         """
+        if self.child is not None:
+            self.child.drop()
         starting = self.child is not None and not self.child.ready and not self.spare_is_warm
         if not (starting and self._clock() - self._started_s < START_PATIENCE_S):
             self.replace()

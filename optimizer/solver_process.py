@@ -44,6 +44,7 @@ class SolverProcess:
             # Its standard output is nobody's: what a solver prints must not reach the answers.
             self._process = subprocess.Popen(list(command), stdin=theirs.fileno(), stdout=subprocess.DEVNULL)
         self._incoming, self._outgoing = bytearray(), bytearray()
+        self._held: bytes | None = None  # a question for a child that is still starting
         self._serial = 0
         self._num_answers = 0
         self._answered = 0
@@ -72,13 +73,25 @@ class SolverProcess:
             self._process.send_signal(signal.SIGUSR1)
 
     def ask(self, problem: Problem, budget_s: float) -> None:
-        """Send a question; its answer is due within ``budget_s`` seconds. ChildLostError when the child is gone."""
+        """Send a question; its answer is due within ``budget_s`` seconds. ChildLostError when the child is gone.
+
+        A child that is still starting gets it when it is ready, and only if no other one has been asked and it has not
+        been dropped meanwhile: else a question of the past would be what it answers, or fails at, next.
+        """
         self._serial += 1
         self._num_answers, self.offer = 0, None
         question = Question(serial=self._serial, deadline_s=time.monotonic() + budget_s, problem=problem)
-        self._outgoing += question_frame(question)
+        asked = question_frame(question)
+        if not self.ready:
+            self._held = asked
+            return
+        self._outgoing += asked
         # A large problem does not fit into the socket at once; an idle child takes it within milliseconds.
-        self._flush(min(_PATIENCE_S, _PATIENCE_PART * budget_s) if self.ready else 0.0)
+        self._flush(min(_PATIENCE_S, _PATIENCE_PART * budget_s))
+
+    def drop(self) -> None:
+        """Nobody waits for the last question any more; it is not sent if it has not been."""
+        self._held = None
 
     def _flush(self, patience_s: float = 0.0) -> None:
         """Send what the child takes; ``patience_s``: how long to wait for it when it takes no more at once."""
@@ -136,6 +149,7 @@ class SolverProcess:
         while (data := take_frame(self._incoming)) is not None:
             answer = decode(data, Answer, max_bytes=MAX_FRAME_BYTES)
             self.ready = True
+            self._send_held()
             self._num_answers += 1
             if self._num_answers > _MOST_ANSWERS:
                 raise ChildLostError("does not stop answering")
@@ -147,6 +161,13 @@ class SolverProcess:
                 return answer
             self.offer = answer
         return None
+
+    def _send_held(self) -> None:
+        if self._held is not None:
+            self._outgoing += self._held
+            self._held = None
+            with contextlib.suppress(ChildLostError):  # the next look at it will tell
+                self._flush()
 
     def wait(self, seconds: float) -> None:
         """Sleep until the child says something, has taken what was left to send, or ``seconds`` are over."""

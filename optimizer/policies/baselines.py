@@ -19,6 +19,7 @@ import msgspec
 from optimizer.execution import capacity_quanta
 from optimizer.objective import judge
 from optimizer.policies.cloud import with_cloud
+from optimizer.policies.marginal import serving_only
 from optimizer.policies.milp import milp
 from optimizer.policies.packing import Placed, Wish, pack
 from optimizer.policies.thief import Shares, heuristic_plan, thief
@@ -133,18 +134,27 @@ def thief_fixed_config(problem: Problem, budget_s: float) -> Plan:
 
 
 def none(problem: Problem, budget_s: float) -> Plan:
-    """No retraining: a multiple-choice knapsack over inference configurations, solved by ``milp``."""
+    """No retraining: a multiple-choice knapsack over inference configurations, solved by ``milp``.
+
+    Where that does not come to an end in time: by marginal worth.
+    """
     started_s = time.monotonic()
     streams = tuple(msgspec.structs.replace(stream, retrain=(), cloud=()) for stream in problem.streams)
     without = msgspec.structs.replace(problem, streams=streams)
     # Its bound holds for plans without retraining only, so it is no bound on this problem.
-    plan = milp(without, budget_s)
+    detail = ""
+    try:
+        plan = milp(without, budget_s)
+    except PlanError as error:
+        plan = serving_only(without)
+        detail = f"milp: {error}; this is by marginal worth"
     report = msgspec.structs.replace(
         plan.report,
         policy="none",
         status="heuristic",
         bound=None,
         gap=None,
+        detail="; ".join(filter(None, [plan.report.detail, detail])),
         seconds=time.monotonic() - started_s,
     )
     return msgspec.structs.replace(plan, report=report)

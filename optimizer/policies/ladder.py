@@ -1,4 +1,10 @@
-"""The time-indexed policy as it is sent: never below the static one, and with the bound of both.
+"""The exact policies as they are sent: never below what can be had more cheaply.
+
+``static_plan``: the static MILP proves its own optimum where it comes to an end. Where it does not, with hundreds of
+streams or little time, the best of what is quick is sent instead: shares by marginal worth, the thief, the best uniform
+plan, no retraining.
+
+``timeline_or_static``: never below the static one, and with the bound of both.
 
 The timeline search prices schedules far beyond static plans, but it is a search; the static MILP proves its own
 optimum. Both are run within the budget and the judge takes the better plan. The timeline's bound holds for every
@@ -12,11 +18,13 @@ from collections.abc import Callable
 
 import msgspec
 
+from optimizer.execution import quanta_per_gpu
 from optimizer.objective import Verdict, judge
 from optimizer.policies import timeline_cache
-from optimizer.policies.baselines import thief_or_uniform
+from optimizer.policies.baselines import none, thief_or_uniform
+from optimizer.policies.marginal import marginal, serving_only
 from optimizer.policies.milp import milp
-from optimizer.policies.reductions import labels_are_short, plain, with_cloud_steps
+from optimizer.policies.reductions import without_slow_configurations
 from optimizer.policies.timeline import timeline
 from protocol.errors import PlanError
 from protocol.plan import Plan, Problem
@@ -26,6 +34,107 @@ _STATIC_PART = 0.3
 # Beyond so many streams the static MILP does not come back within what is left.
 _MANY_STREAMS = 300
 _LOADING_S = 30.0
+
+
+# So many streams are planned by quick policies first: the MILP may have nothing in the end.
+_QUICK_FIRST = 60
+# Of what is left of the budget, for each quick policy that takes its time.
+_THIEF_PART, _NONE_PART = 0.15, 0.2
+# Seconds per stream and quantum of a GPU that the MILP takes to look at all options, on a quiet machine.
+_OPTIONS_S = 3e-4
+_CAUTION = 0.8
+
+
+def static_plan(problem: Problem, budget_s: float, offer: Callable[[Plan], None] | None = None) -> Plan:
+    """The best static plan within the budget, by the MILP where it can, never below the quick policies.
+
+    ``offer`` is handed plans of many streams before the MILP is done.
+
+    Raises:
+        PlanError: there is none; the text says why not.
+    """
+    began = time.monotonic()
+    quick = _Quick(problem, began + budget_s, offer)
+    many = len(problem.streams) > _QUICK_FIRST
+    if many:
+        quick.run()
+    left_s = budget_s - (time.monotonic() - began)
+    reason, plan = "", None
+    needed_s = _OPTIONS_S * len(problem.streams) * quanta_per_gpu(problem.share_quantum)
+    if many and needed_s > _CAUTION * left_s:
+        reason = "milp: left out, there are too many streams for the time"
+    else:
+        try:
+            plan = milp(problem, left_s)
+        except PlanError as error:
+            reason = f"milp: {error}"
+        if plan is not None and plan.report.status == "optimal":
+            return plan
+    if not many:
+        quick.run()
+    return quick.better(plan, reason, began)
+
+
+class _Quick:
+    """The plans of the quick policies, the best one kept."""
+
+    def __init__(self, problem: Problem, deadline: float, offer: Callable[[Plan], None] | None) -> None:
+        self.problem, self.deadline, self.offer = problem, deadline, offer
+        self.best: tuple[tuple[bool, int, float], Plan] | None = None
+        self.reasons: list[str] = []
+
+    def run(self) -> None:
+        """Try one after the other while there is time."""
+        self._try(lambda left_s: marginal(self.problem, left_s))
+        self._try(lambda _: serving_only(self.problem))
+        self._try(lambda left_s: thief_or_uniform(self.problem, _THIEF_PART * left_s))
+        self._try(lambda left_s: none(self.problem, _NONE_PART * left_s))
+
+    def _try(self, policy: Callable[[float], Plan]) -> None:
+        left_s = self.deadline - time.monotonic()
+        if self.best is not None and left_s <= 0.0:
+            return
+        try:
+            plan = policy(max(0.0, left_s))
+        except PlanError as error:
+            self.reasons.append(str(error))
+            return
+        rank = judge(self.problem, plan).rank
+        if self.best is None or rank > self.best[0]:
+            self.best = (rank, plan)
+            if self.offer is not None and len(self.problem.streams) > _QUICK_FIRST:
+                self.offer(_as_static(plan, "", plan.report.seconds))
+
+    def better(self, plan: Plan | None, reason: str, began: float) -> Plan:
+        """``plan`` of the MILP, or the best quick one where that is better or the only one."""
+        if self.best is None:
+            if plan is None:
+                raise PlanError("; ".join(dict.fromkeys(filter(None, [reason, *self.reasons]))))
+            return plan
+        if plan is not None and judge(self.problem, plan).rank >= self.best[0]:
+            return plan
+        quick = self.best[1]
+        if plan is None:
+            return _as_static(quick, f"{reason}; this is the plan of {quick.report.policy}", time.monotonic() - began)
+        report = plan.report
+        text = f"the plan of {quick.report.policy} is better by {quick.report.value - report.value:.4f}"
+        bound = None if report.bound is None else max(report.bound, quick.report.value)
+        made = _as_static(quick, text, time.monotonic() - began)
+        if bound is None:
+            return made
+        gap = (bound - quick.report.value) / bound if bound > 0.0 else 0.0
+        return msgspec.structs.replace(
+            made, report=msgspec.structs.replace(made.report, bound=bound, gap=gap, status="feasible")
+        )
+
+
+def _as_static(plan: Plan, text: str, seconds: float) -> Plan:
+    """A plan of another policy as the answer of ``milp``; no bound is claimed."""
+    detail = "; ".join(filter(None, [text, plan.report.detail]))
+    report = msgspec.structs.replace(
+        plan.report, policy="milp", status="heuristic", bound=None, gap=None, detail=detail, seconds=seconds
+    )
+    return msgspec.structs.replace(plan, report=report)
 
 
 def warm() -> None:
@@ -43,17 +152,16 @@ def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan]
     plans: list[Plan] = []
     reasons: list[str] = []
     many = len(problem.streams) > _MANY_STREAMS
-    # Links and labels: the time-indexed plan spends and sends what the static one does.
-    short = labels_are_short(problem) or any(stream.cloud for stream in problem.streams)
-    static = thief_or_uniform if many else milp
+    # Every plan that keeps the latency limits is one of this problem.
+    known = without_slow_configurations(problem)
     # The static plan comes first, so that there is one to send if the search is cut short.
-    for policy in (timeline,) if many and not short and not problem.links else (static, timeline):
-        left = budget_s * (_STATIC_PART if policy is static else 1.0) - (time.monotonic() - began)
+    for policy in (timeline,) if many else (milp, timeline):
+        left = budget_s * (_STATIC_PART if policy is milp else 1.0) - (time.monotonic() - began)
         try:
             if policy is timeline:
-                plans.insert(0, _in_plain_words(problem, left, plans[0] if plans else None, offer))
+                plans.insert(0, timeline(known, left, offer=offer))
             else:
-                plans.append(policy(problem, left))
+                plans.append(milp(problem, left))
                 if offer is not None:
                     offer(plans[0])
         except PlanError as error:
@@ -85,19 +193,3 @@ def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan]
 
 def _late(verdict: Verdict) -> bool:
     return any(violation.kind == "latency" for violation in verdict.violations)
-
-
-def _in_plain_words(
-    problem: Problem, budget_s: float, static: Plan | None, offer: Callable[[Plan], None] | None
-) -> Plan:
-    """The time-indexed plan of a problem that may ask for more than the search knows; no bound is claimed then."""
-    known, exact = plain(problem, static)
-
-    def worded(plan: Plan) -> Plan:
-        plan = with_cloud_steps(plan, static)
-        if exact:
-            return plan
-        report = msgspec.structs.replace(plan.report, status="heuristic", bound=None, gap=None)
-        return msgspec.structs.replace(plan, report=report)
-
-    return worded(timeline(known, budget_s, offer=None if offer is None else lambda plan: offer(worded(plan))))

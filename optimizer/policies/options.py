@@ -26,6 +26,7 @@ from optimizer.execution import (
     asked_latency_s,
     capacity_quanta,
     gpu_classes,
+    labels_are_short,
     needed_quanta,
     own_window_s,
     retrain_seconds,
@@ -34,7 +35,6 @@ from optimizer.execution import (
 from optimizer.objective import ACCURACY_TOLERANCE, SECONDS_TOLERANCE, attainable_floor
 from optimizer.policies.choices import Job, Option, Place, Turn, undominated
 from optimizer.policies.cloud import turns
-from optimizer.policies.reductions import labels_are_short
 from protocol.plan import Problem, StreamProfile
 
 Floats = NDArray[np.float64]

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from optimizer.execution import asked_latency_s, fits, gpu_classes, most_label_seconds, own_window_s
+from optimizer.execution import asked_latency_s, fits, gpu_classes
 from optimizer.objective import SECONDS_TOLERANCE, judge
 from protocol.plan import CloudProfile, Plan, Problem, RetrainProfile, StreamProfile
 from protocol.schema import GpuSpec
@@ -71,7 +71,7 @@ def restated(problem: Problem, plan: Plan) -> Plan:
     return msgspec.structs.replace(plan, report=report)
 
 
-# ---------------------------------------------------------------- for a policy that does not know everything
+# ---------------------------------------------------------------- for a policy that does not know latency limits
 
 
 def without_slow_configurations(problem: Problem) -> Problem:
@@ -94,86 +94,3 @@ def _quick(stream: StreamProfile, problem: Problem, gpus: list[GpuSpec]) -> Stre
         p for p in stream.inference if p.latency_s <= latency_s or not any(fits(p, gpu, quantum) for gpu in gpus)
     )
     return msgspec.structs.replace(stream, inference=quick or stream.inference, max_latency_s=None)
-
-
-def plain(problem: Problem, static: Plan | None) -> tuple[Problem, bool]:
-    """``problem`` in the words of a policy that knows GPUs only, and whether a bound on it is one on ``problem``.
-
-    Latency limits are kept by leaving out what breaks them. Own windows are forgotten (the plan may retrain a
-    stream for nothing). What ``static`` sends to the cloud stays there: such a stream has no other retraining, and
-    the mean accuracy of its models (`with_cloud_steps` puts the retrainings back). Of the retrainings that need
-    labels, while these are short, only those stay that cost no more than what ``static`` spends on the stream.
-    """
-    known = without_slow_configurations(problem)
-    longer = [s.window_s is not None and s.window_s < problem.window_s for s in known.streams]
-    spent = _labels_spent(problem, static)
-    sent = _means_with_cloud(problem, static)
-    streams = tuple(
-        msgspec.structs.replace(
-            stream,
-            window_s=None,
-            cloud=(),
-            accuracy_now=stream.accuracy_now
-            if stream.min_accuracy
-            else sent.get(stream.stream_id, stream.accuracy_now),
-            retrain=_affordable(stream, sent, spent),
-        )
-        for stream in known.streams
-    )
-    exact = spent is None and not any(longer) and not any(stream.cloud for stream in problem.streams)
-    return msgspec.structs.replace(known, streams=streams, links=(), label_budget_s=None), exact
-
-
-def with_cloud_steps(plan: Plan, static: Plan | None) -> Plan:
-    """``plan`` with the retrainings in the cloud of ``static``."""
-    sent = {a.stream_id: a.cloud for a in static.assignments if a.cloud is not None} if static is not None else {}
-    assignments = tuple(msgspec.structs.replace(a, cloud=sent.get(a.stream_id)) for a in plan.assignments)
-    return msgspec.structs.replace(plan, assignments=assignments)
-
-
-def _affordable(
-    stream: StreamProfile, sent: dict[str, float], spent: dict[str, float] | None
-) -> tuple[RetrainProfile, ...]:
-    if stream.stream_id in sent:
-        return ()
-    if spent is None:
-        return stream.retrain
-    return tuple(p for p in stream.retrain if p.label_seconds <= spent.get(stream.stream_id, 0.0))
-
-
-def _means_with_cloud(problem: Problem, static: Plan | None) -> dict[str, float]:
-    """Of the streams that ``static`` retrains in the cloud: the mean accuracy of their models over their windows."""
-    means: dict[str, float] = {}
-    if static is None or not problem.links:
-        return means
-    ends = {verdict.stream_id: verdict.retrain_end_s for verdict in judge(problem, static).streams}
-    for stream, assignment in zip(problem.streams, static.assignments, strict=True):
-        if assignment.cloud is not None:
-            means[stream.stream_id] = stream.accuracy_now
-            if stream.min_accuracy > 0.0:
-                continue  # its floor is on the model that serves now
-            after = next(p.accuracy_after for p in stream.cloud if p.retrain_id == assignment.cloud.retrain_id)
-            own_s = own_window_s(stream, problem.window_s)
-            part = min(1.0, (ends[stream.stream_id] or 0.0) / own_s)
-            means[stream.stream_id] = stream.accuracy_now * part + after * (1.0 - part)
-    return means
-
-
-def labels_are_short(problem: Problem) -> bool:
-    """Whether the streams could want more labels than the budget has."""
-    if problem.label_budget_s is None:
-        return False
-    return sum(most_label_seconds(stream) for stream in problem.streams) > problem.label_budget_s
-
-
-def _labels_spent(problem: Problem, static: Plan | None) -> dict[str, float] | None:
-    """Label seconds per stream in the plan ``static``; None where the budget is enough for everything."""
-    if not labels_are_short(problem):
-        return None
-    spent: dict[str, float] = {}
-    for assignment in static.assignments if static is not None else ():
-        stream = next(s for s in problem.streams if s.stream_id == assignment.stream_id)
-        if assignment.retrain is not None:
-            step = assignment.retrain
-            spent[stream.stream_id] = next(p.label_seconds for p in stream.retrain if p.retrain_id == step.retrain_id)
-    return spent

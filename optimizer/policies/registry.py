@@ -30,11 +30,12 @@ class PolicyEntry:
 
 
 POLICIES: dict[str, PolicyEntry] = {
-    "milp": PolicyEntry("optimizer.policies.milp", "milp", exact=True, solver=True),
+    "milp": PolicyEntry("optimizer.policies.ladder", "static_plan", exact=True, solver=True, offers=True),
     "timeline": PolicyEntry(
         "optimizer.policies.ladder", "timeline_or_static", exact=True, solver=True, offers=True, warm="warm"
     ),
     "thief": PolicyEntry("optimizer.policies.baselines", "thief_or_uniform"),
+    "marginal": PolicyEntry("optimizer.policies.marginal", "marginal"),
     "thief:one-pass": PolicyEntry("optimizer.policies.thief", "thief_one_pass"),
     "thief:fixed-config": PolicyEntry("optimizer.policies.baselines", "thief_fixed_config"),
     "thief:fixed-shares": PolicyEntry("optimizer.policies.baselines_study", "thief_fixed_shares"),

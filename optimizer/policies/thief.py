@@ -53,7 +53,7 @@ class ShareTable:
     ``gamma[r]`` is the retraining configuration picked for r quanta, -1 for none.
     """
 
-    value: list[list[float]]
+    value: NDArray[np.float64]
     gamma: list[int]
 
 
@@ -92,7 +92,18 @@ def share_table(
         factor[row] = np.where(better, serving.relative_accuracy, factor[row])
         penalty[row] = np.where(better, level, penalty[row])
     value = stream.weight * (factor[:, None] * best[None, :] + penalty[:, None])
-    return ShareTable(value.tolist(), gamma.tolist())
+    return ShareTable(value, gamma.tolist())
+
+
+@dataclass(slots=True)
+class _Known:
+    """The tables of the problem asked about last: several policies are asked, and tables are half of their work."""
+
+    problem: Problem | None = None
+    tables: Sequence[ShareTable] = ()
+
+
+_known = _Known()
 
 
 class Shares:
@@ -111,12 +122,23 @@ class Shares:
         shares = [share_of(r, quantum) for r in range(1, self.most + 1)]
         rates = [self.gpu.speed * share_efficiency(self.gpu, share) for share in shares]
         pace = np.array([math.inf, *(1.0 / rate if rate > 0.0 else math.inf for rate in rates)])
-        limits = allowed or [None] * len(problem.streams)
-        self.tables = [
-            share_table(problem, stream, self.gpu, pace, limit)
-            for stream, limit in zip(problem.streams, limits, strict=True)
-        ]
+        self.tables = self._tables(pace, allowed)
         self.quanta = self.fair()
+        self._values: list[list[list[float]]] | None = None  # the tables as lists, which a theft reads sooner
+
+    def _tables(
+        self, pace: NDArray[np.float64], allowed: Sequence[Sequence[int] | None] | None
+    ) -> Sequence[ShareTable]:
+        if allowed is None and _known.problem is self.problem:
+            return _known.tables
+        limits = allowed or [None] * len(self.problem.streams)
+        tables = tuple(
+            share_table(self.problem, stream, self.gpu, pace, limit)
+            for stream, limit in zip(self.problem.streams, limits, strict=True)
+        )
+        if allowed is None:
+            _known.problem, _known.tables = self.problem, tables
+        return tables
 
     def fair(self) -> list[int]:
         """An equal split of the pool over all jobs; what is left over goes to inference first."""
@@ -140,7 +162,9 @@ class Shares:
 
     def _steal_once(self, deadline_s: float) -> bool:
         quanta, most = self.quanta, self.most
-        values = [table.value for table in self.tables]
+        if self._values is None:
+            self._values = [table.value.tolist() for table in self.tables]
+        values = self._values
 
         def worth(v: int) -> float:
             return values[v][min(quanta[2 * v], most)][min(quanta[2 * v + 1], most)]

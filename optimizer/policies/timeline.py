@@ -77,15 +77,13 @@ def timeline(
     budget_s: float,
     *,
     target_gap: float | None = None,
-    caution: float = 0.0,
     seed: int = 0,
     offer: Callable[[Plan], None] | None = None,
 ) -> Plan:
     """The best placed, time-indexed plan found within ``budget_s`` seconds, with a proven bound.
 
     Ends early when the gap is at most ``target_gap`` (None: 0.1 % up to 60 streams, 0.2 % beyond) or when searching
-    has stopped to help. ``caution``
-    plans on accuracy_after less that many standard errors. ``offer`` is handed plans of many streams (above 300) before
+    has stopped to help. ``offer`` is handed plans of many streams (above 300) before
     the search is done: inference alone, then with the first queues. Equal ``seed`` and ample time give equal plans.
     The bound covers every plan that keeps the floors (every plan that can be carried out, where the
     floors cannot all be kept), by the judge's measure.
@@ -94,26 +92,7 @@ def timeline(
     if target_gap is None:
         target_gap = 1e-3 if len(problem.streams) <= FEW_STREAMS else 2e-3
     timeline_cache.prepare(LOADING_PART * budget_s)
-    return _Solving(problem, started, budget_s, target_gap, caution, seed, offer).run()
-
-
-def cautious(problem: Problem, caution: float) -> Problem:
-    """``problem`` with every accuracy_after lowered by ``caution`` standard errors (not below 0)."""
-    if caution == 0.0:
-        return problem
-    streams = tuple(
-        msgspec.structs.replace(
-            stream,
-            retrain=tuple(
-                msgspec.structs.replace(
-                    p, accuracy_after=min(1.0, max(0.0, p.accuracy_after - caution * p.accuracy_error))
-                )
-                for p in stream.retrain
-            ),
-        )
-        for stream in problem.streams
-    )
-    return msgspec.structs.replace(problem, streams=streams)
+    return _Solving(problem, started, budget_s, target_gap, seed, offer).run()
 
 
 def _run_both(pool: PoolSearch, other: PoolSearch | None, deadline: float, steps: int, hot: float, goal: float) -> None:
@@ -139,11 +118,10 @@ class _Solving:
         started: float,
         budget_s: float,
         target_gap: float,
-        caution: float,
         seed: int,
         offer: Callable[[Plan], None] | None,
     ) -> None:
-        self.judged, self.problem = problem, cautious(problem, caution)
+        self.problem = problem
         self.started, self.target_gap, self.seed = started, target_gap, seed
         self.budget_s, self.offer = budget_s, offer if len(problem.streams) > MANY_STREAMS else None
         self._began_s, self._began_busy_s = time.monotonic(), time.thread_time()
@@ -176,18 +154,18 @@ class _Solving:
             layout = self._below_floors()
         if layout is None:
             self.notes.append("the cheapest inference of all streams does not fit on the GPUs")
-            return self._report(overloaded(self.judged), "fallback")
+            return self._report(overloaded(self.problem), "fallback")
         self._offer(layout.placed())
         self.deadline = self._deadline()
         part = PRICING_PART[len(self.problem.streams) > MANY_STREAMS]
         half = self.started + part * (self.deadline - self.started)
         dual = self._dual(layout.t.model, half)
         self.bound = dual.bound
-        if self.judged is not self.problem or self.given_up:
-            # What is proven is about the problem as it is judged, and with floors nobody keeps.
-            everyone = frozenset(range(len(self.judged.streams))) if self.given_up else self.given_up
+        if self.given_up:
+            # Every plan that can be carried out is a plan without floors.
+            everyone = frozenset(range(len(self.problem.streams)))
             later = half + 0.3 * (self.deadline - half)
-            self.bound = self._dual(build_model(self.judged, no_floor=everyone), later).bound
+            self.bound = self._dual(build_model(self.problem, no_floor=everyone), later).bound
         if moves_are_free(layout.t) and timeline_cache.kernel() is not None:
             placed, value = self._improve_queues(layout, dual)
         else:
@@ -209,9 +187,9 @@ class _Solving:
         if (dual.bound - value) <= 1e-9:
             return placed
         outcome = exhaust(Tables(model), dual, value, self.deadline)
-        if outcome.complete and self.judged is self.problem and not self.given_up:
+        if outcome.complete and not self.given_up:
             self.bound = min(dual.bound, outcome.value + 1e-9)
-        elif self.judged is self.problem and not self.given_up and self.bound is not None:
+        elif not self.given_up and self.bound is not None:
             self.bound = min(self.bound, dual.bound)
         return placed if outcome.placed is None else outcome.placed
 
@@ -292,7 +270,7 @@ class _Solving:
         count = layout.t.num_streams
         seed, idle, turn = self.seed, 0, 0
         steps = STEPS_PER_STREAM * count
-        own_bound = self.judged is self.problem and not self.given_up
+        own_bound = not self.given_up
         refinable = count <= FINE_STREAMS
         while idle < (PATIENCE if count > EXHAUSTIVE_STREAMS else 2) and time.monotonic() < self.deadline:
             goal = dual.bound * (1.0 - self.target_gap)
@@ -325,7 +303,7 @@ class _Solving:
         """The same where moving inference is free: only the queues are searched, inference is packed anew for each."""
         queue_retrainings(layout, dual)
         count = layout.t.num_streams
-        own_bound = self.judged is self.problem and not self.given_up
+        own_bound = not self.given_up
         slack = dual.bound - layout.total + 1e-9
         wanted = promising_trainings(layout, dual, slack)
         pool = PoolSearch(layout, wanted, self.seed)
@@ -371,9 +349,9 @@ class _Solving:
 
     def _report(self, assignments: tuple[Assignment, ...], status: SolveStatus) -> Plan:
         report = SolveReport(policy=POLICY, status=status)
-        plan = Plan(window_s=self.judged.window_s, assignments=assignments, report=report)
-        plan = stamped(self.judged, plan)
-        value = judge(self.judged, plan).value
+        plan = Plan(window_s=self.problem.window_s, assignments=assignments, report=report)
+        plan = stamped(self.problem, plan)
+        value = judge(self.problem, plan).value
         gap = self._gap(value)
         if status == "feasible" and gap is not None and gap <= self.target_gap:
             status = "optimal"

@@ -83,6 +83,7 @@ def carried_over(dual: Dual, pricer: Pricer, found: Floats | None = None) -> Flo
         prices[share_row(pricer.model, new.first_item)] = found[source]
         if new.memory_row >= 0:
             prices[new.memory_row] = found[old.memory_row]
+    prices[pricer.model.first_once :] = found[dual.pricer.model.first_once :]
     return prices
 
 
@@ -109,9 +110,9 @@ def descend(
                     prices, direction, priced = best_prices, None, pricer.price(best_prices)
         if time.monotonic() > deadline:
             break
-        excess = (pricer.total_usage(prices, priced) - pricer.capacity_s) / pricer.length_s / scale
+        excess = (pricer.total_usage(prices, priced) - pricer.capacity_s) / pricer.row_s / scale
         direction = excess if direction is None else steps.inertia * direction + (1.0 - steps.inertia) * excess
-        norm = float((direction * direction * pricer.length_s).sum()) + 1e-12
+        norm = float((direction * direction * pricer.row_s).sum()) + 1e-12
         step = length * max(priced.bound - best * (1.0 - steps.aim), 1e-7) / norm
         prices = np.maximum(0.0, prices + step * direction / scale)
     return float(best), best_prices, done, tuple(trail)
@@ -129,7 +130,8 @@ class Master:
         model, infinity = pricer.model, self.solver.infinity()
         self.scale = model.capacities
         self.rows = [
-            [self.solver.Constraint(-infinity, 1.0) for _ in range(pricer.num_cells)] for _ in range(model.num_rows)
+            [self.solver.Constraint(-infinity, 1.0) for _ in range(pricer.num_cells if row < model.first_once else 1)]
+            for row in range(model.num_rows)
         ]
         self.streams = [self.solver.Constraint(1.0, 1.0) for _ in range(model.num_streams)]
         self.objective = self.solver.Objective()
@@ -144,7 +146,7 @@ class Master:
     def add(self, prices: Floats, priced: Priced) -> int:
         """Add the priced schedules that are new; returns how many."""
         value, used = self.pricer.usage(prices, priced)
-        used = used / self.pricer.length_s / self.scale[None, :, None]
+        used = used / self.pricer.row_s / self.scale[None, :, None]
         added = 0
         for v in range(len(value)):
             key = (v, np.round(used[v], 5).tobytes())
@@ -166,8 +168,10 @@ class Master:
         status = self.solver.Solve()
         if status != pywraplp.Solver.OPTIMAL:
             return None
-        dual = np.array([[row.dual_value() for row in line] for line in self.rows])
-        prices = np.maximum(0.0, dual) / self.pricer.length_s / self.scale[:, None]
+        dual = np.zeros(self.pricer.row_s.shape)
+        for row, line in enumerate(self.rows):
+            dual[row, : len(line)] = [constraint.dual_value() for constraint in line]
+        prices = np.maximum(0.0, dual) / self.pricer.row_s / self.scale[:, None]
         return float(self.objective.Value()), prices
 
     def favourites(self) -> tuple[Ints, Floats]:

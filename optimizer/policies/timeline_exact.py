@@ -1,8 +1,10 @@
 """Exhaustive search for few streams: branch over retrainings and their order, pruned by the Lagrangian bound.
 
 Every start is at 0 or at the end of another retraining, and inference changes at ends only; so the
-choice of (retraining, GPU, share, predecessor) per stream fixes all times, and between two ends the best
-inference is a small independent choice. Not used where changes have a price (intervals depend on one another then).
+choice of (retraining, GPU, share, predecessor) per stream, and the order of transfers on every link, fixes all times,
+and between two ends the best inference is a small independent choice, in which a stream counts with the part of the
+time that lies in its own window (whose end is no event, so that nothing can change at it). Not used where changes have
+a price (intervals depend on one another then).
 """
 
 from __future__ import annotations
@@ -10,10 +12,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise, product
+from itertools import pairwise, permutations, product
 
 from optimizer.policies.timeline_bound import Dual
-from optimizer.policies.timeline_layout import Placed, Run, Stay, Tables
+from optimizer.policies.timeline_layout import Placed, Run, Stay, Tables, counted
 
 Moment = tuple[float, tuple[tuple[int, int], ...]]  # rate, (GPU, choice) of every stream
 
@@ -42,7 +44,17 @@ class _Exhaustive:
         self.candidates: list[list[tuple[float, int, int, int, float]]] = [
             [(float(loss), -1, -1, 0, 0.0)] for loss in losses[0]
         ]
+        # A retraining in the cloud has one candidate, with the least loss of its turns. As it could end too late to be
+        # worth anything and yet be what others wait for, it loses no more than no retraining either.
+        for v, per in enumerate(tables.trainings):
+            for index, training in enumerate(per):
+                if training.link >= 0:
+                    turns = losses[1][model.mode_case == training.case]
+                    least = min(float(turns.min(initial=1e9)), float(losses[0][v]))
+                    self.candidates[v].append((least, index, tables.queue_of(training), 0, 0.0))
         for m, loss in enumerate(losses[1].tolist()):
+            if model.mode_turn[m] >= 0:
+                continue
             v, index = case_index[int(model.mode_case[m])]
             pinned = int(model.mode_pinned[m])
             for g in model.classes[int(model.mode_class[m])].members if pinned < 0 else (pinned,):
@@ -74,16 +86,50 @@ class _Exhaustive:
         if not self.leaves % 16 and time.monotonic() > self.deadline:
             self.out_of_time = True
             return
+        if not self._labels_fit(chosen):
+            return
         retrained = [v for v, candidate in enumerate(chosen) if candidate[1] >= 0]
-        for before in _forests(retrained, [self._pinned(v, chosen[v][1]) for v in retrained]):
+        fixed = [self._pinned(v, chosen[v][1]) for v in retrained]
+        for transfers in self._transfers(chosen):
+            for before in _forests(retrained, fixed):
+                times = dict(transfers)
+                for v in retrained:
+                    self._time(v, before, chosen, times)
+                if all(end_s < self.t.window_s for _, end_s in times.values()):
+                    self._evaluate(chosen, times)
+
+    def _labels_fit(self, chosen: list[tuple[float, int, int, int, float]]) -> bool:
+        if not self.t.with_labels:
+            return True
+        used_s = sum(
+            self.t.trainings[v][candidate[1]].labels_s for v, candidate in enumerate(chosen) if candidate[1] >= 0
+        )
+        return used_s <= self.t.label_budget_s
+
+    def _transfers(self, chosen: list[tuple[float, int, int, int, float]]) -> Iterator[dict[int, tuple[float, float]]]:
+        """Times of the retrainings in the cloud for every order on every link, those that run in front."""
+        t = self.t
+        queues: list[list[list[int]]] = []
+        for x in range(t.num_gpus, t.num_gpus + t.num_links):
+            users = [v for v, candidate in enumerate(chosen) if candidate[1] >= 0 and candidate[2] == x]
+            running = [v for v in users if t.trainings[v][chosen[v][1]].running]
+            others = [v for v in users if v not in running]
+            queues.append([[*a, *b] for a, b in product(permutations(running), permutations(others))])
+        for orders in product(*queues):
             times: dict[int, tuple[float, float]] = {}
-            for v in retrained:
-                self._time(v, before, chosen, times)
-            if all(end_s < self.t.window_s for _, end_s in times.values()):
-                self._evaluate(chosen, times)
+            for order in orders:
+                up_end_s = down_end_s = 0.0
+                for v in order:
+                    up_s, wait_s, down_s = t.trainings[v][chosen[v][1]].transfer_s
+                    start_s, up_end_s = up_end_s, up_end_s + up_s
+                    down_end_s = max(down_end_s, up_end_s + wait_s) + down_s
+                    times[v] = (start_s, down_end_s)
+            yield times
 
     def _pinned(self, v: int, training: int) -> bool:
-        return self.t.trainings[v][training].pinned >= 0
+        """Whether a retraining begins with the plan: it runs, or goes to the cloud."""
+        one = self.t.trainings[v][training]
+        return one.pinned >= 0 or one.link >= 0
 
     def _time(
         self,
@@ -101,20 +147,22 @@ class _Exhaustive:
         self, chosen: list[tuple[float, int, int, int, float]], times: dict[int, tuple[float, float]]
     ) -> None:
         t = self.t
-        marks = sorted({0.0, t.window_s, *(end_s for _, end_s in times.values())})
+        ends = (end_s for _, end_s in times.values())
+        marks = sorted({0.0, t.window_s, *ends})
         total = 0.0
         path: list[tuple[float, float, Moment]] = []
         for a, b in pairwise(marks):
             free, room = list(t.capacity), list(t.memory)
-            state: list[int] = []
+            state: list[tuple[int, bool, float]] = []
             for v, (_, training, g, quanta, _) in enumerate(chosen):
+                # (training whose swap room or model matters, swapped, part of the time that counts)
+                late = training >= 0 and times[v][1] >= t.own_s[v]
                 swapped = training >= 0 and times[v][1] <= a
-                if training >= 0 and times[v][0] <= a < times[v][1]:
+                if g < t.num_gpus and training >= 0 and times[v][0] <= a < times[v][1]:
                     free[g] -= quanta
                     if t.with_memory:
                         room[g] -= t.trainings[v][training].num_bytes
-                # -1: old model; 2 i: old model with swap room for training i; 2 i + 1: retrained
-                state.append(-1 if training < 0 else 2 * training + int(swapped))
+                state.append((-1 if late and swapped else training, swapped and not late, counted(t.own_s[v], a, b)))
             if min(free) < 0 or min(room) < 0:
                 return
             key = (tuple(free), tuple(room) if t.with_memory else (), tuple(state))
@@ -129,13 +177,12 @@ class _Exhaustive:
             self.best = total
             self.found = self._placed(chosen, times, path)
 
-    def _moment(self, free: list[int], room: list[float], state: list[int]) -> Moment | None:
+    def _moment(self, free: list[int], room: list[float], state: list[tuple[int, bool, float]]) -> Moment | None:
         """The best inference of all streams at once, with what is free; None where not all can be served."""
         t = self.t
         spots: list[list[tuple[float, int, int, int, int]]] = []
-        for v, s in enumerate(state):
-            training = None if s < 0 else t.trainings[v][s >> 1]
-            swapped = s >= 0 and bool(s & 1)
+        for v, (index_of, swapped, part) in enumerate(state):
+            training = None if index_of < 0 else t.trainings[v][index_of]
             accuracy = training.accuracy if training is not None and swapped else t.accuracy_now[v]
             swap = training.swap_bytes if training is not None and not swapped else 0
             floor = float(t.model.floor[v])
@@ -143,7 +190,7 @@ class _Exhaustive:
             for g in range(t.num_gpus):
                 for index, choice in enumerate(t.choices[v][t.class_of[g]]):
                     if accuracy * choice.q >= floor - 1e-9:
-                        rate = t.weight[v] * accuracy * choice.q
+                        rate = part * t.weight[v] * accuracy * choice.q
                         here.append((rate, g, index, choice.quanta, choice.num_bytes + swap))
             here.sort(reverse=True)
             spots.append(here)
@@ -177,7 +224,7 @@ class _Exhaustive:
         path: list[tuple[float, float, Moment]],
     ) -> Placed:
         t = self.t
-        runs: list[list[Run]] = [[] for _ in range(t.num_gpus)]
+        runs: list[list[Run]] = [[] for _ in range(t.num_gpus + t.num_links)]
         for v, (start_s, end_s) in times.items():
             _, training, g, quanta, _ = chosen[v]
             runs[g].append(Run(v, training, quanta, start_s, end_s))

@@ -1,7 +1,11 @@
 """The compiled loop of ``timeline_pool`` (numba, flat arrays). ``timeline_cache`` loads it and keeps its machine code.
 
 Letters: v, w stream, x GPU, i retraining, k inference choice (ascending in quanta), j step of the concave envelope of
-the choices, e interval between two events. Events: end of the retraining of w (w), its start (V + w).
+the choices, e interval between two events. Events: end of the retraining of w (w), its start (V + w), and, where there
+are such, the end of its own window (2 V + w); ``times`` has the moments of all of them. Pooled worth lets inference
+change at the end of an own window. Packed worth does not: that end is no event that a step could wait for, so a stream
+counts with the part of the interval before it. Queues from number ``num_gpus``
+on are those of links to a cloud: their retrainings take no share and begin with the plan.
 """
 
 from __future__ import annotations
@@ -39,8 +43,11 @@ else:
     i, f, b = numba.int64, numba.float64, numba.boolean
     state = (i2, i1, i1, i1, i1, i1)
     streams = (i2, f2, i1, f1, f1, f1, f2, f2, i2, i2, i1, f1, f, i, f, f1, f2, i2, i2, f2, f3, i2, i3)
+    limits = (f1, i2, f2, f2, f2, b, f2, f, i, i)
     course = (i, i, i, i, f, f, b, f, f)
-    compiled_at_once = numba.njit(numba.types.Tuple((f, i))(*state, *streams, *course, *state, i2, f1), **options)
+    compiled_at_once = numba.njit(
+        numba.types.Tuple((f, i))(*state, *streams, *limits, *course, *state, i2, f1), **options
+    )
 
 
 @compiled
@@ -54,16 +61,41 @@ def schedule(
     seconds: Floats,
     pinned: Ints,
     rates: Floats,
-    window_s: float,
+    own_s: Floats,
+    link: Ints,
+    up_s: Floats,
+    wait_s: Floats,
+    down_s: Floats,
+    running: Ints,
+    num_gpus: int,
     starts: Floats,
     ends: Floats,
     held: Ints,
 ) -> bool:
-    """Times of the queue of GPU ``x``: each starts when its share is free, in turn. False if one ends too late."""
+    """Times of queue ``x``: each starts when its share is free, in turn; transfers go one after the other.
+
+    False if one ends too late, is in the wrong queue, or has to be in front and is not.
+    """
     moment, share = 0.0, caps[x]
+    if x >= num_gpus:
+        up_end, down_end, fresh = 0.0, 0.0, False
+        for y in range(queued[x]):
+            w = queue[x, y]
+            i = which[w]
+            if link[w, i] != x or (running[w, i] > 0 and fresh):
+                return False
+            fresh = running[w, i] == 0
+            up_end += up_s[w, i]
+            down_end = max(down_end, up_end + wait_s[w, i]) + down_s[w, i]
+            starts[w], ends[w], held[w] = NEVER, down_end, 0
+            if down_end >= own_s[w]:
+                return False
+        return True
     for y in range(queued[x]):
         w = queue[x, y]
         i, quanta = which[w], min(granted[w], caps[x])
+        if link[w, i] >= 0:
+            return False
         while share < quanta:
             soonest = NEVER
             for z in range(y):
@@ -77,7 +109,7 @@ def schedule(
         share -= quanta
         held[w] = quanta
         starts[w], ends[w] = moment, moment + seconds[w, i] / rates[quanta]
-        if ends[w] >= window_s or (pinned[w, i] >= 0 and (moment > 0.0 or pinned[w, i] != x)):
+        if ends[w] >= own_s[w] or (pinned[w, i] >= 0 and (moment > 0.0 or pinned[w, i] != x)):
             return False
     return True
 
@@ -85,8 +117,7 @@ def schedule(
 @compiled
 def pooled(
     order: Ints,
-    starts: Floats,
-    ends: Floats,
+    times: Floats,
     held: Ints,
     which: Ints,
     spare: float,
@@ -108,18 +139,37 @@ def pooled(
     All steps in buckets above the threshold ``mark`` are taken, those in bucket ``mark`` in part: ``used`` quanta
     earn ``earned`` in all buckets above it. An end moves the steps of its stream to higher buckets. ``sizes`` and
     ``gains`` (used up): quanta and worth per second of the steps in every bucket at first. ``marks``: the
-    threshold in every interval.
+    threshold in every interval between starts and ends of retrainings.
     """
     count, depth = len(which), step_quanta.shape[1]
     total, used, earned, moment = 0.0, 0.0, 0.0, 0.0
     mark, interval, position = NUM_BUCKETS - 1, 0, 0
     while moment < window_s:
-        while position < 2 * count:
+        opens = moment == 0.0
+        while position < len(order):
             event = order[position]
-            w = event if event < count else event - count
-            if (ends[w] if event < count else starts[w]) > moment:
+            if times[event] > moment:
                 break
             position += 1
+            opens = opens or event < 2 * count
+            if event >= 2 * count:  # what its stream is served with is worth nothing any more
+                w = event - 2 * count
+                swapped = times[w] <= moment
+                i = which[w]
+                base -= base_after[w, i] if swapped else base_now[w]
+                for j in range(depth):
+                    quanta = step_quanta[w, j]
+                    if quanta == 0:
+                        break
+                    old = bucket_after[w, i, j] if swapped else bucket_now[w, j]
+                    gain = gain_after[w, i, j] if swapped else gain_now[w, j]
+                    sizes[old] -= quanta
+                    gains[old] -= gain
+                    if old > mark:
+                        used -= quanta
+                        earned -= gain
+                continue
+            w = event if event < count else event - count
             if event >= count:
                 spare -= held[w]
                 continue
@@ -152,15 +202,15 @@ def pooled(
             earned += gains[mark]
             mark -= 1
         until = window_s
-        if position < 2 * count:
-            event = order[position]
-            until = min(window_s, ends[event] if event < count else starts[event - count])
+        if position < len(order):
+            until = min(window_s, times[order[position]])
         rate = base + earned
         if mark >= 0 and sizes[mark] > 0.0:
             rate += (spare - used) * gains[mark] / sizes[mark]
         total += rate * (until - moment)
-        marks[interval] = mark
-        interval += 1
+        if opens:
+            marks[interval] = mark
+            interval += 1
         moment = until
     return total
 
@@ -202,6 +252,7 @@ def deal(
     swapped: Ints,
     which: Ints,
     rate: Floats,
+    pay: Floats,
     weight: Floats,
     floor: Floats,
     sizes: Ints,
@@ -221,7 +272,7 @@ def deal(
     """A choice for every stream such that first fit packs all of them on what is ``free``; worth per second, or -1.
 
     Begins with the steps that the pooled threshold ``mark`` takes (fewer where they do not pack), then upgrades, most
-    accuracy per quantum first.
+    accuracy per quantum first. ``pay``: weight times the part of the interval that counts.
     """
     count, depth = len(level), step_choice.shape[1]
     spare = 0
@@ -240,7 +291,7 @@ def deal(
                 return -1.0
             for j in range(depth):
                 bucket = bucket_after[w, which[w], j] if swapped[w] else bucket_now[w, j]
-                if step_choice[w, j] < 0 or bucket <= above:
+                if step_choice[w, j] < 0 or bucket <= above or pay[w] < 0.5 * weight[w]:
                     break
                 k = max(k, step_choice[w, j])
             level[w] = k
@@ -256,7 +307,7 @@ def deal(
             break
         limits[w] = spare + sizes[w, level[w]] + 1
         ratio, ladder_k[w] = upgrade(sizes, q, num_choices, w, level[w], limits[w])
-        ladder[w] = ratio * weight[w] * rate[w]
+        ladder[w] = ratio * pay[w] * rate[w]
     while spare > 0:
         best, w = 0.0, -1
         for v in range(count):
@@ -280,10 +331,10 @@ def deal(
         else:
             limits[w] = sizes[w, k]  # from now on only smaller ones
         ratio, ladder_k[w] = upgrade(sizes, q, num_choices, w, level[w], limits[w])
-        ladder[w] = ratio * weight[w] * rate[w]
+        ladder[w] = ratio * pay[w] * rate[w]
     earned = 0.0
     for w in range(count):
-        earned += weight[w] * rate[w] * q[w, level[w]]
+        earned += pay[w] * rate[w] * q[w, level[w]]
     return earned
 
 
@@ -298,19 +349,21 @@ def change(
     wanted: Ints,
     num_wanted: Ints,
     pinned: Ints,
+    link: Ints,
     capacity: int,
+    num_gpus: int,
     splitting: float,
     undo: Ints,
 ) -> bool:
     """One random change of the queues, in place. ``undo``: v, u, GPUs g and h, then what v, g and h had."""
-    count, num_gpus = len(which), len(queued)
+    count = len(which)
     v = int(np.random.random() * count)
     draw = np.random.random()
     g = where[v]
     if draw < 0.3 and g >= 0:  # exchange with another one
         u = int(np.random.random() * count)
         h = where[u]
-        if u == v or h < 0:
+        if u == v or h < 0 or (g != h and max(g, h) >= num_gpus):
             return False
         undo[0], undo[1], undo[2], undo[3], undo[4], undo[5] = v, u, g, h, which[v], granted[v]
         undo[6], undo[7], undo[8], undo[9] = queued[g], queued[h], caps[g], caps[h]
@@ -333,6 +386,11 @@ def change(
         h = int(np.random.random() * num_gpus)
     if pinned[v, i] >= 0 and not dropped:
         h = pinned[v, i]
+    if not dropped:
+        if link[v, i] >= 0:
+            h = link[v, i]
+        elif h >= num_gpus:
+            h = int(np.random.random() * num_gpus)
     undo[0], undo[1], undo[2], undo[3], undo[4], undo[5] = v, -1, g, h, which[v], granted[v]
     undo[6], undo[7], undo[8], undo[9] = queued[max(0, g)], queued[h], caps[max(0, g)], caps[h]
     place = 0
@@ -351,7 +409,7 @@ def change(
     if np.random.random() < splitting:
         granted[v] = capacity if np.random.random() < 0.5 else 1 + int(np.random.random() * capacity)
     at = min(place, queued[h])
-    if g < 0 or draw < 0.85:
+    if g < 0 or draw < 0.85 or g != h:
         at = int(np.random.random() * (queued[h] + 1))
     if pinned[v, i] >= 0:
         at = 0
@@ -397,6 +455,16 @@ def anneal(
     gain_after: Floats,  # V x I x J
     bucket_now: Ints,  # V x J
     bucket_after: Ints,  # V x I x J
+    own_s: Floats,  # V: end of the own window
+    link: Ints,  # V x I: queue of the link, -1 = on a GPU
+    up_s: Floats,  # V x I
+    wait_s: Floats,  # V x I
+    down_s: Floats,  # V x I
+    own_windows: bool,  # whether some own window ends before the plan's
+    labels_s: Floats,  # V x I
+    label_budget_s: float,
+    num_gpus: int,
+    num_running: int,  # unused retrainings in the cloud that run already are marked in ``pinned`` as -2
     seed: int,
     first: int,
     last: int,
@@ -420,10 +488,24 @@ def anneal(
     ``packing``: the worth is that of packed plans, and a change is packed only if its pooled worth is no more than
     ``margin`` too low; otherwise the pooled worth is all that counts. 0 steps: (worth, intervals), with ``levels``.
     """
-    num_gpus, count = len(queued), len(which)
+    count = len(which)
     capacity = len(rates) - 1
-    starts, ends = np.full(count, NEVER), np.full(count, NEVER)
-    held, order = granted.copy(), np.arange(2 * count)
+    kinds = 3 if own_windows else 2
+    times = np.full(kinds * count, NEVER)
+    ends, starts = times[:count], times[count : 2 * count]
+    if own_windows:
+        times[2 * count :] = own_s
+    running = np.zeros(pinned.shape, dtype=np.int64)
+    for w in range(count):
+        for j in range(pinned.shape[1]):
+            running[w, j] = 1 if num_running > 0 and pinned[w, j] == -2 else 0
+    labels_used = 0.0
+    for w in range(count):
+        if which[w] >= 0:
+            labels_used += labels_s[w, which[w]]
+    labels_known = labels_used
+    pay = weight.copy()
+    held, order = granted.copy(), np.arange(kinds * count)
     undo = np.full(10, -1)
     open_sizes, open_gains = np.zeros(NUM_BUCKETS), np.zeros(NUM_BUCKETS)
     open_base = 0.0
@@ -434,20 +516,21 @@ def anneal(
                 open_sizes[bucket_now[w, j]] += step_quanta[w, j]
                 open_gains[bucket_now[w, j]] += gain_now[w, j]
     sizes_left, gains_left = open_sizes.copy(), open_gains.copy()
-    marks = np.zeros(2 * count + 2, dtype=np.int64)
+    marks = np.zeros(kinds * count + 2, dtype=np.int64)
     free, left = np.zeros(num_gpus, dtype=np.int64), np.zeros(num_gpus, dtype=np.int64)
     level, swapped, rate = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=np.int64), np.zeros(count)
     number = np.zeros(capacity + 1, dtype=np.int64)
     ladder, ladder_k = np.zeros(count), np.zeros(count, dtype=np.int64)
     limits = np.zeros(count, dtype=np.int64)
-    earned_before, reached = np.zeros(2 * count + 3), np.zeros(2 * count + 3)  # of the queues as accepted
-    fresh_before, fresh_reached = np.zeros(2 * count + 3), np.zeros(2 * count + 3)
+    earned_before, reached = np.zeros(kinds * count + 3), np.zeros(kinds * count + 3)  # of the queues as accepted
+    fresh_before, fresh_reached = np.zeros(kinds * count + 3), np.zeros(kinds * count + 3)
     known = 0
-    feasible = True
-    for x in range(num_gpus):
+    feasible = labels_used <= label_budget_s
+    for x in range(len(queued)):
         feasible = feasible and schedule(
-            x, queue, queued, which, granted, caps, seconds, pinned, rates, window_s, starts, ends, held
-        )
+            x, queue, queued, which, granted, caps, seconds, pinned, rates, own_s, link, up_s, wait_s, down_s, running,
+            num_gpus, starts, ends, held,
+        )  # fmt: skip
     kept_starts, kept_ends, kept_held, kept_order = starts.copy(), ends.copy(), held.copy(), order.copy()
     kept_queue, kept_which, kept_where = queue.copy(), which.copy(), where.copy()
     worth_now, loss_now = -1.0, 0.0
@@ -460,17 +543,28 @@ def anneal(
         v, u, g, h = -1, -1, -1, -1
         if not opening:
             if not change(
-                queue, queued, which, granted, where, caps, wanted, num_wanted, pinned, capacity, splitting, undo
-            ):
+                queue, queued, which, granted, where, caps, wanted, num_wanted, pinned, link, capacity, num_gpus,
+                splitting, undo,
+            ):  # fmt: skip
                 continue
             v, u, g, h = undo[0], undo[1], undo[2], undo[3]
-            feasible = h < 0 or schedule(
-                h, queue, queued, which, granted, caps, seconds, pinned, rates, window_s, starts, ends, held
-            )
+            labels_used = labels_known
+            if u < 0:
+                if g >= 0:
+                    labels_used -= labels_s[v, undo[4]]
+                if where[v] >= 0:
+                    labels_used += labels_s[v, which[v]]
+            feasible = labels_used <= label_budget_s
+            if h >= 0:
+                feasible = feasible and schedule(
+                    h, queue, queued, which, granted, caps, seconds, pinned, rates, own_s, link, up_s, wait_s, down_s,
+                    running, num_gpus, starts, ends, held,
+                )  # fmt: skip
             if g >= 0 and g != h:
                 feasible = feasible and schedule(
-                    g, queue, queued, which, granted, caps, seconds, pinned, rates, window_s, starts, ends, held
-                )
+                    g, queue, queued, which, granted, caps, seconds, pinned, rates, own_s, link, up_s, wait_s, down_s,
+                    running, num_gpus, starts, ends, held,
+                )  # fmt: skip
             if where[v] < 0:
                 starts[v], ends[v] = NEVER, NEVER
         threshold = -1.0
@@ -482,13 +576,13 @@ def anneal(
                 threshold += temperature * np.log(np.random.random() + 1e-300)
         total, loss = -1.0, 0.0
         if feasible:
-            for x in range(1, 2 * count):
+            for x in range(1, len(order)):
                 event = order[x]
-                moment = ends[event] if event < count else starts[event - count]
+                moment = times[event]
                 y = x - 1
                 while y >= 0:
                     other = order[y]
-                    if (ends[other] if other < count else starts[other - count]) <= moment:
+                    if times[other] <= moment:
                         break
                     order[y + 1] = other
                     y -= 1
@@ -496,7 +590,7 @@ def anneal(
             sizes_left[:] = open_sizes
             gains_left[:] = open_gains
             total = pooled(
-                order, starts, ends, held, which, float(num_gpus * capacity - least), open_base, base_now, base_after,
+                order, times, held, which, float(num_gpus * capacity - least), open_base, base_now, base_after,
                 step_quanta, gain_now, gain_after, bucket_now, bucket_after, sizes_left, gains_left, window_s, marks,
             )  # fmt: skip
             feasible = total >= 0.0
@@ -517,37 +611,45 @@ def anneal(
                             or kept_where[w] != x
                             or held[w] != kept_held[w]
                         ):
-                            changed_s = min(changed_s, starts[w], kept_starts[w])
+                            changed_s = min(changed_s, starts[w], kept_starts[w], ends[w], kept_ends[w])
                         elif kept_which[w] != which[w]:
                             changed_s = min(changed_s, ends[w])
                 if where[v] < 0:
-                    changed_s = min(changed_s, kept_starts[v])
+                    changed_s = min(changed_s, kept_starts[v], kept_ends[v])
             free[:] = capacity
             rate[:] = now
             swapped[:] = 0
             total, moment, position = 0.0, 0.0, 0
             while moment < window_s:
-                while position < 2 * count:
+                while position < len(order):
                     event = order[position]
-                    w = event if event < count else event - count
-                    if (ends[w] if event < count else starts[w]) > moment:
+                    if times[event] > moment:
                         break
                     position += 1
+                    if event >= 2 * count:
+                        continue
+                    w = event if event < count else event - count
                     if event >= count:
                         free[where[w]] -= held[w]
                     else:
-                        free[where[w]] += held[w]
+                        if where[w] < num_gpus:
+                            free[where[w]] += held[w]
                         rate[w] = after[w, which[w]]
                         swapped[w] = 1
-                until = window_s
-                if position < 2 * count:
-                    event = order[position]
-                    until = min(window_s, ends[event] if event < count else starts[event - count])
+                until, ahead = window_s, position
+                while ahead < len(order) and order[ahead] >= 2 * count:
+                    ahead += 1
+                if ahead < len(order):
+                    until = min(window_s, times[order[ahead]])
                 if intervals + 1 < known and reached[intervals + 1] <= changed_s and reached[intervals + 1] == until:
                     total = earned_before[intervals + 1]
                 else:
+                    if own_windows:
+                        for w in range(count):
+                            part = (own_s[w] - moment) / (until - moment)
+                            pay[w] = weight[w] * min(1.0, max(0.0, part))
                     earned = deal(
-                        marks[intervals], swapped, which, rate, weight, floor, sizes, q, num_choices, step_choice,
+                        marks[intervals], swapped, which, rate, pay, weight, floor, sizes, q, num_choices, step_choice,
                         bucket_now, bucket_after, free, left, number, level, limits, ladder, ladder_k,
                     )  # fmt: skip
                     if earned < 0.0:
@@ -569,6 +671,7 @@ def anneal(
         if opening or (feasible and total >= threshold):
             worth_now, loss_now = (total if feasible else -1.0), loss
             known = intervals + 1
+            labels_known = labels_used
             earned_before, fresh_before = fresh_before, earned_before
             reached, fresh_reached = fresh_reached, reached
             kept_order[:] = order

@@ -5,18 +5,24 @@ a place in the queue of one GPU, and may let a stream move at the end of a queue
 then become free. Times follow from the queues, with exact durations. Whatever share is left over in any
 interval lifts the streams on that GPU to better options, best accuracy per share first.
 
+A link to a cloud is a queue like that of a GPU on which nobody is served: queue number ``num_gpus`` + position of the
+link. Its times are those of the transfers (rule 8 of ``protocol.plan``).
+
 The worth of a layout is a sum over GPUs, so that a change is evaluated on the few GPUs that it touches.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
+from optimizer.execution import label_budget, labels_are_short
 from optimizer.policies.timeline_model import Model
 
 FOREVER = 1e18
+OVER = 63  # in the code of a stream, instead of a retraining: its own window has ended
 MOST_REMEMBERED = 200_000  # earnings of intervals kept, per GPU class
 
 
@@ -33,7 +39,11 @@ class Choice:
 
 @dataclass(frozen=True, slots=True)
 class Training:
-    """One retraining configuration; ``pinned`` is a GPU position or -1."""
+    """One retraining configuration; ``pinned`` is a GPU position or -1.
+
+    ``link``: position of the link over which it goes to the cloud, -1 = on a GPU; ``transfer_s`` is then (up, wait,
+    down), and ``gamma`` counts on into the stream's cloud tuple. ``labels_s``: label seconds, 0 where none are short.
+    """
 
     gamma: int
     accuracy: float
@@ -42,6 +52,10 @@ class Training:
     swap_bytes: int
     pinned: int
     case: int
+    labels_s: float = 0.0
+    link: int = -1
+    transfer_s: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    running: bool = False
 
 
 class Queued(NamedTuple):
@@ -74,11 +88,16 @@ class Stay:
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A placed schedule: what runs and who stays on each GPU, and when."""
+    """A placed schedule: what runs and who stays on each GPU, and when; ``runs`` goes on with what links carry."""
 
     tables: Tables
     runs: list[list[Run]]
     stays: list[list[Stay]]
+
+
+def counted(own_s: float, a: float, b: float) -> float:
+    """The part of the time from ``a`` to ``b`` that lies before the end of an own window."""
+    return 1.0 if own_s >= b else 0.0 if own_s <= a else (own_s - a) / (b - a)
 
 
 class Tables:
@@ -100,7 +119,11 @@ class Tables:
         self.change_s, self.migration_s = problem.config_change_s, problem.migration_s
         self.earnings: list[dict[tuple[int, ...], float]] = [{} for _ in model.classes]
         self.rates = [[0.0, *one.rates.tolist()] for one in model.classes]
-        self.weight = [w / self.window_s for w in model.weight.tolist()]
+        self.own_s: list[float] = model.own_s.tolist()
+        self.weight = [w / own_s for w, own_s in zip(model.weight.tolist(), self.own_s, strict=True)]
+        self.num_links = len(problem.links)
+        self.label_budget_s = label_budget(problem) if labels_are_short(problem) else math.inf
+        self.with_labels = math.isfinite(self.label_budget_s)
         self.accuracy_now: list[float] = model.accuracy_now.tolist()
         position = {gpu.gpu_id: g for g, gpu in enumerate(problem.gpus)}
         # Where each stream is served now: a position, -1 for a GPU that has left, None for nowhere.
@@ -127,7 +150,9 @@ class Tables:
         self.trainings: list[list[Training]] = [[] for _ in range(self.num_streams)]
         for j, v in enumerate(model.case_stream.tolist()):
             gamma = int(model.case_gamma[j])
-            if gamma >= 0:
+            if gamma >= len(problem.streams[v].retrain):
+                self.trainings[v].append(self._sent(v, gamma, j))
+            elif gamma >= 0:
                 profile = problem.streams[v].retrain[gamma]
                 pinned = -1 if profile.pinned_gpu is None else position[profile.pinned_gpu]
                 self.trainings[v].append(
@@ -139,8 +164,34 @@ class Tables:
                         profile.swap_bytes,
                         pinned,
                         j,
+                        profile.label_seconds if self.with_labels else 0.0,
                     )
                 )
+
+    def _sent(self, v: int, gamma: int, case: int) -> Training:
+        """A retraining in the cloud."""
+        problem = self.model.problem
+        profile = problem.streams[v].cloud[gamma - len(problem.streams[v].retrain)]
+        position = next(i for i, link in enumerate(problem.links) if link.link_id == profile.link_id)
+        link = problem.links[position]
+        up_s, down_s = profile.up_bytes / link.up_bytes_per_s, profile.down_bytes / link.down_bytes_per_s
+        return Training(
+            gamma,
+            profile.accuracy_after,
+            0.0,
+            0,
+            profile.swap_bytes,
+            -1,
+            case,
+            profile.label_seconds if self.with_labels else 0.0,
+            position,
+            (up_s, profile.cloud_seconds, down_s),
+            profile.running,
+        )
+
+    def queue_of(self, training: Training) -> int:
+        """The queue of a retraining in the cloud; -1 for one on any GPU."""
+        return self.num_gpus + training.link if training.link >= 0 else -1
 
 
 class Layout:
@@ -153,6 +204,7 @@ class Layout:
         self.base = [0] * count
         self.second = [-1] * count  # GPU that the stream moves to at the end of its queue, -1 = none
         self.second_base = [0] * count
+        gpus += tables.num_links  # queues of links are behind those of GPUs
         self.residents: list[list[int]] = [[] for _ in range(gpus)]
         self.arrivals: list[list[int]] = [[] for _ in range(gpus)]
         self.queue: list[list[Queued]] = [[] for _ in range(gpus)]
@@ -178,6 +230,8 @@ class Layout:
     def schedule(self, g: int) -> list[Run] | None:
         """Times of the queue of ``g``; None where something never fits or never ends in the window."""
         t = self.t
+        if g >= t.num_gpus:
+            return self._transfers(g)
         c = t.class_of[g]
         free = t.capacity[g]
         room = t.memory[g]
@@ -196,7 +250,8 @@ class Layout:
             training = t.trainings[entry.stream][entry.training]
             quanta = min(entry.quanta, limit) if entry.quanta else limit
             held = training.num_bytes if t.with_memory else 0
-            if quanta <= 0 or held > limit_bytes or (training.pinned >= 0 and training.pinned != g):
+            pinned = training.pinned if training.link < 0 else t.num_gpus
+            if quanta <= 0 or held > limit_bytes or (pinned >= 0 and pinned != g):
                 return None
             while free < quanta or room < held:
                 active.sort()
@@ -206,7 +261,7 @@ class Layout:
             if training.pinned >= 0 and now > 0.0:
                 return None
             end_s = now + training.gpu_seconds / rates[quanta]
-            if end_s >= t.window_s:
+            if end_s >= t.own_s[entry.stream]:
                 return None
             runs.append(Run(entry.stream, entry.training, quanta, now, end_s))
             active.append((end_s, quanta, held))
@@ -214,12 +269,40 @@ class Layout:
             room -= held
         return runs
 
+    def _transfers(self, g: int) -> list[Run] | None:
+        """Times of the queue of a link; None where a model comes too late or a running retraining does not go first."""
+        t = self.t
+        runs: list[Run] = []
+        up_end_s = down_end_s = 0.0
+        fresh = False
+        for entry in self.queue[g]:
+            training = t.trainings[entry.stream][entry.training]
+            if t.queue_of(training) != g or (training.running and fresh):
+                return None
+            fresh = not training.running
+            up_s, wait_s, down_s = training.transfer_s
+            start_s = up_end_s
+            up_end_s += up_s
+            down_end_s = max(down_end_s, up_end_s + wait_s) + down_s
+            if down_end_s >= t.own_s[entry.stream]:
+                return None
+            runs.append(Run(entry.stream, entry.training, 0, start_s, down_end_s))
+        return runs
+
+    def labels_fit(self) -> bool:
+        """Whether the chosen retrainings keep to the label budget."""
+        t = self.t
+        used_s = sum(t.trainings[v][i].labels_s for v, i in enumerate(self.training) if i >= 0)
+        return used_s <= t.label_budget_s
+
     # ------------------------------------------------------------ worth
 
     def value(self, g: int, runs: list[Run], stays: list[Stay] | None = None) -> float | None:
         """Worth of everything served on ``g``; None where memory overflows. ``stays`` receives the steps."""
         self.evaluations += 1
         t = self.t
+        if g >= t.num_gpus:
+            return 0.0
         c = t.class_of[g]
         if stays is None and not t.with_memory and not t.with_changes:
             return self._plain_value(g, c, runs)
@@ -268,7 +351,8 @@ class Layout:
                     swapped = swap_s[v] <= a
                     if t.with_memory:
                         room -= choices[base].num_bytes + (0 if swapped else self.swap_room(v))
-                    here.append([weight[v] * (accuracy[v] if swapped else accuracy_now[v]), base, index])
+                    reached = accuracy[v] if swapped else accuracy_now[v]
+                    here.append([weight[v] * reached * counted(t.own_s[v], a, b), base, index])
                     options.append(choices)
             if free < 0 or room < 0:
                 return None
@@ -304,7 +388,7 @@ class Layout:
         swap_s, leave_s, training = self.swap_s, self.leave_s, self.training
         marks = {0.0, window_s}
         jobs = []
-        choices = t.choices
+        choices, own_s = t.choices, t.own_s
         capacity = t.capacity[g]
         for v in self.residents[g]:
             swap, until, base = swap_s[v], leave_s[v], self.base[v]
@@ -312,8 +396,9 @@ class Layout:
                 marks.add(swap)
             if until < window_s:
                 marks.add(until)
+            own = own_s[v]
             code = (v << 12) + (base << 6)
-            jobs.append((0.0, until, swap, code, code + 1 + training[v], choices[v][c][base].quanta))
+            jobs.append((0.0, until, swap, own, code, code + 1 + training[v], choices[v][c][base].quanta))
         closing = 0.0
         for _, _, _, start_s, end_s in runs:
             marks.add(start_s)
@@ -326,8 +411,9 @@ class Layout:
                 swap, base = swap_s[v], self.second_base[v]
                 if closing < swap < window_s:
                     marks.add(swap)
+                own = own_s[v]
                 code = (v << 12) + (base << 6)
-                jobs.append((closing, window_s, swap, code, code + 1 + training[v], choices[v][c][base].quanta))
+                jobs.append((closing, window_s, swap, own, code, code + 1 + training[v], choices[v][c][base].quanta))
         if not jobs:
             return 0.0
         times = sorted(marks)
@@ -339,15 +425,20 @@ class Layout:
                 if start_s <= a < end_s:
                     free -= quanta
             key = []
-            for start_s, until, swap, before, after, quanta in jobs:
+            parts: list[float] | None = None
+            for start_s, until, swap, own, before, after, quanta in jobs:
                 if start_s <= a < until:
                     free -= quanta
-                    key.append(after if swap <= a else before)
+                    key.append((before | OVER) if own <= a else after if swap <= a else before)
+                    if parts is None and own < b:
+                        parts = [1.0] * (len(key) - 1)
+                    if parts is not None:
+                        parts.append(counted(own, a, b))
             if free < 0:
                 return None
             key.append(free)
             name = tuple(key)
-            rate = known.get(name)
+            rate = known.get(name) if parts is None else self._earning(c, name, parts)
             if rate is None:
                 rate = self._earning(c, name)
                 if len(known) < MOST_REMEMBERED:
@@ -356,14 +447,21 @@ class Layout:
             a = b
         return total
 
-    def _earning(self, c: int, name: tuple[int, ...]) -> float:
-        """What the streams coded in ``name`` earn per second; its last number is the free quanta."""
+    def _earning(self, c: int, name: tuple[int, ...], parts: list[float] | None = None) -> float:
+        """What the streams coded in ``name`` earn per second; its last number is the free quanta.
+
+        ``parts``: the part of the time that counts for each of them, None = all of it.
+        """
         t = self.t
         here: list[list[float]] = []
         options: list[list[Choice]] = []
         for code in name[:-1]:
             v, base, swapped = code >> 12, (code >> 6) & 63, code & 63
-            accuracy = t.trainings[v][swapped - 1].accuracy if swapped else t.accuracy_now[v]
+            accuracy = t.trainings[v][swapped - 1].accuracy if 0 < swapped < OVER else t.accuracy_now[v]
+            if swapped == OVER:
+                accuracy = 0.0  # its own window is over
+            elif parts is not None:
+                accuracy *= parts[len(here)]
             here.append([t.weight[v] * accuracy, base, 0])
             options.append(t.choices[v][c])
         self._lift(here, options, name[-1], FOREVER)
@@ -457,6 +555,8 @@ class Layout:
         """Recompute ``gpus`` and whatever depends on them. None (nothing changed) where it is infeasible."""
         t = self.t
         schedules: dict[int, list[Run]] = {}
+        if t.with_labels and not self.labels_fit():
+            return None
         for g in gpus:
             runs = self.schedule(g)
             if runs is None:
@@ -528,7 +628,7 @@ class Layout:
         self.host, self.base = list(snapshot.host), list(snapshot.base)
         self.second, self.second_base = list(snapshot.second), list(snapshot.second_base)
         self.queue = [list(x) for x in snapshot.queue]
-        gpus = range(t.num_gpus)
+        gpus = range(t.num_gpus + t.num_links)
         self.residents = [[] for _ in gpus]
         self.arrivals = [[] for _ in gpus]
         self.where, self.training = [-1] * t.num_streams, [-1] * t.num_streams

@@ -2,7 +2,9 @@
 
 Letters: v stream, c GPU class, l inference option (lambda on a class), j case (stream, gamma or none),
 m mode (case, class, share in quanta), k slot. Rows are the resources that all GPUs of a class offer
-together: share quanta (row c), and, where memory may run short, GPU memories (a row of its own).
+together: share quanta (row c), and, where memory may run short, GPU memories (a row of its own). Behind them
+stand rows of what is spent once in a plan, whenever that is: the label budget where it is short, and every
+turn of every link. A retraining in the cloud is a case like any other; its modes are its turns.
 """
 
 from __future__ import annotations
@@ -12,9 +14,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.execution import capacity_quanta, gpu_classes, needed_quanta, share_efficiency, share_of
+from optimizer.execution import (
+    capacity_quanta,
+    gpu_classes,
+    label_budget,
+    labels_are_short,
+    needed_quanta,
+    own_window_s,
+    share_efficiency,
+    share_of,
+)
 from optimizer.objective import ACCURACY_TOLERANCE, attainable_floor
-from protocol.plan import Problem, RetrainProfile, StreamProfile
+from optimizer.policies.cloud import turns
+from protocol.plan import CloudProfile, Problem, RetrainProfile, StreamProfile
 from protocol.schema import GpuSpec
 
 Floats = NDArray[np.float64]
@@ -45,9 +57,11 @@ class Model:
 
     problem: Problem
     classes: tuple[GpuClass, ...]
-    capacities: Floats  # per row, in GPUs (memory rows: in bytes), of all GPUs of the class together
-    item_use: Floats  # rows x items: what a job of one size takes of each row, in GPUs; 0 in memory rows
+    capacities: Floats  # per row, in GPUs (memory rows: in bytes), of all GPUs of the class together; of once rows: 1
+    item_use: Floats  # rows x items: what a job of one size takes of each row, in GPUs; 0 in memory and once rows
+    first_once: int  # rows from here on are spent once: labels (if ``case_labels`` is not all 0), then turns
     weight: Floats  # V, sums to 1
+    own_s: Floats  # V, the stream's own window
     accuracy_now: Floats  # V
     floor: Floats  # V, what is asked for at every instant
     option_class: Ints
@@ -58,7 +72,8 @@ class Model:
     serves: Bools
     start_cost_s: Floats
     case_stream: Ints
-    case_gamma: Ints  # index into the stream's retrain tuple, -1 = none
+    case_gamma: Ints  # index into the stream's retrain tuple, and from its end on into the cloud tuple; -1 = none
+    case_labels: Floats  # part of the label budget, 0 where that is not short
     case_accuracy: Floats
     case_bytes: Floats
     case_swap_bytes: Floats
@@ -66,7 +81,8 @@ class Model:
     mode_class: Ints
     mode_quanta: Ints
     mode_seconds: Floats
-    mode_pinned: Ints  # position of the GPU that it is bound to, -1 = any of its class
+    mode_pinned: Ints  # position of the GPU that it is bound to, -1 = any of its class; 0 for the cloud: begins at 0
+    mode_turn: Ints  # which once row it takes one of, -1 = none (on a GPU)
 
     @property
     def num_streams(self) -> int:
@@ -75,6 +91,11 @@ class Model:
     @property
     def num_rows(self) -> int:
         return len(self.capacities)
+
+    @property
+    def own_windows(self) -> bool:
+        """Whether some stream's own window ends before the plan's."""
+        return bool((self.own_s < self.problem.window_s).any())
 
     @property
     def change_s(self) -> float:
@@ -101,7 +122,14 @@ def build_model(
     builder.every_retraining = every_retraining
     for stream in problem.streams:
         builder.add(stream)
-    return builder.finish(capacities, item_use)
+    first_once = len(capacities)
+    once = np.array(builder.once)
+    return builder.finish(*_with_once(capacities, item_use, once), first_once)
+
+
+def _with_once(capacities: Floats, item_use: Floats, once: Floats) -> tuple[Floats, Floats]:
+    """Rows of time, and behind them those of what is spent once."""
+    return np.concatenate((capacities, once)), np.concatenate((item_use, np.zeros((len(once), item_use.shape[1]))))
 
 
 def _rows(problem: Problem, memory_matters: bool, cuts: tuple[int, ...]) -> tuple[tuple[GpuClass, ...], Floats, Floats]:
@@ -134,7 +162,9 @@ def with_cuts(model: Model, cuts: tuple[int, ...]) -> Model:
     """``model`` with share rows for the size functions ``cuts`` besides the plain ones."""
     with_memory = any(one.memory_row >= 0 for one in model.classes)
     classes, capacities, item_use = _rows(model.problem, with_memory, cuts)
-    return replace(model, classes=classes, capacities=capacities, item_use=item_use)
+    first_once = len(capacities)
+    capacities, item_use = _with_once(capacities, item_use, model.capacities[model.first_once :])
+    return replace(model, classes=classes, capacities=capacities, item_use=item_use, first_once=first_once)
 
 
 def with_modes(model: Model, keep: Ints) -> Model:
@@ -146,6 +176,7 @@ def with_modes(model: Model, keep: Ints) -> Model:
         mode_quanta=model.mode_quanta[keep],
         mode_seconds=model.mode_seconds[keep],
         mode_pinned=model.mode_pinned[keep],
+        mode_turn=model.mode_turn[keep],
     )
 
 
@@ -165,6 +196,7 @@ def part_of(model: Model, streams: Ints) -> Model:
         small,
         capacities=model.capacities * (len(streams) / model.num_streams),
         weight=model.weight[streams],
+        own_s=model.own_s[streams],
         accuracy_now=model.accuracy_now[streams],
         floor=model.floor[streams],
         option_class=model.option_class[streams],
@@ -176,6 +208,7 @@ def part_of(model: Model, streams: Ints) -> Model:
         start_cost_s=model.start_cost_s[streams],
         case_stream=new_stream[model.case_stream[cases]],
         case_gamma=model.case_gamma[cases],
+        case_labels=model.case_labels[cases],
         case_accuracy=model.case_accuracy[cases],
         case_bytes=model.case_bytes[cases],
         case_swap_bytes=model.case_swap_bytes[cases],
@@ -205,7 +238,8 @@ def _memory_matters(problem: Problem) -> bool:
     most = 0
     for stream in problem.streams:
         most += max(p.memory_bytes for p in stream.inference)
-        most += max((p.memory_bytes + p.swap_bytes for p in stream.retrain), default=0)
+        on_gpu = max((p.memory_bytes + p.swap_bytes for p in stream.retrain), default=0)
+        most += max(on_gpu, max((p.swap_bytes for p in stream.cloud), default=0))
     return any(0 < gpu.memory_bytes < most for gpu in problem.gpus)
 
 
@@ -219,8 +253,12 @@ class _Builder:
         self.position = {gpu.gpu_id: index for index, gpu in enumerate(problem.gpus)}
         self.class_of = {g: c for c, one in enumerate(classes) for g in one.members}
         self.options: list[list[tuple[int, int, int, int, float, bool, float]]] = []
-        self.cases: list[tuple[int, int, float, int, int]] = []
-        self.modes: list[tuple[Ints, Ints, Ints, Floats, Ints]] = []
+        self.cases: list[tuple[int, int, float, int, int, float]] = []
+        self.modes: list[tuple[Ints, Ints, Ints, Floats, Ints, Ints]] = []
+        self.budget_s = label_budget(problem) if labels_are_short(problem) else None
+        self.once: list[float] = [] if self.budget_s is None else [1.0]
+        self.turns = turns(problem) if problem.links else {}
+        self.turn_row: dict[tuple[str, int], int] = {}
 
     def add(self, stream: StreamProfile) -> None:
         v = len(self.options)
@@ -228,7 +266,8 @@ class _Builder:
         floor = 0.0 if v in self.no_floor else min(stream.min_accuracy, best)
         self.floor.append(floor)
         self.options.append(self._options(stream, floor))
-        self.cases.append((v, -1, stream.accuracy_now, 0, 0))
+        own_s = self.problem.window_s if self.every_retraining else own_window_s(stream, self.problem.window_s)
+        self.cases.append((v, -1, stream.accuracy_now, 0, 0, 0.0))
         for gamma in self._useful(stream):
             profile = stream.retrain[gamma]
             pinned = -1 if profile.pinned_gpu is None else self.position[profile.pinned_gpu]
@@ -241,13 +280,40 @@ class _Builder:
                 seconds = profile.gpu_seconds / one.rates
                 # A share that trains no faster than a smaller one is never wanted.
                 faster = np.concatenate(([True], seconds[1:] < np.minimum.accumulate(seconds)[:-1]))
-                r = np.flatnonzero((faster | self.every_retraining) & (seconds < self.problem.window_s))
+                r = np.flatnonzero((faster | self.every_retraining) & (seconds < own_s))
                 if len(r):
-                    full = np.full(len(r), case)
+                    full, none = np.full(len(r), case), np.full(len(r), -1)
                     where = np.full(len(r), pinned)
-                    self.modes.append((full, np.full(len(r), c), r + 1, seconds[r], where))
+                    self.modes.append((full, np.full(len(r), c), r + 1, seconds[r], where, none))
             if len(self.modes) > before:
-                self.cases.append((v, gamma, profile.accuracy_after, profile.memory_bytes, profile.swap_bytes))
+                labels = self._labels(profile)
+                self.cases.append((v, gamma, profile.accuracy_after, profile.memory_bytes, profile.swap_bytes, labels))
+        for c, sent in enumerate(stream.cloud):
+            self._add_cloud(v, stream, c, sent)
+
+    def _labels(self, profile: RetrainProfile | CloudProfile) -> float:
+        """Part of the label budget; more than 1 where it can never be had."""
+        return 0.0 if self.budget_s is None else profile.label_seconds / self.budget_s
+
+    def _add_cloud(self, v: int, stream: StreamProfile, c: int, profile: CloudProfile) -> None:
+        """The case of a retraining in the cloud, with a mode per turn of its link: it ends at the earliest arrival."""
+        labels = self._labels(profile)
+        useful = self.every_retraining or profile.accuracy_after > stream.accuracy_now
+        found = self.turns.get((v, c), [])
+        if not useful or labels > 1.0 or not found:
+            return
+        rows = []
+        for turn in found:
+            name = (turn.link_id, turn.index)
+            if name not in self.turn_row:
+                self.turn_row[name] = len(self.once)
+                self.once.append(float(turn.most))
+            rows.append(self.turn_row[name])
+        count, zero = len(found), np.zeros(len(found), dtype=np.int64)
+        arrival_s = np.array([turn.earliest_s for turn in found])
+        self.modes.append((np.full(count, len(self.cases)), zero, zero, arrival_s, zero, np.array(rows)))
+        gamma = len(stream.retrain) + c
+        self.cases.append((v, gamma, profile.accuracy_after, 0, profile.swap_bytes, labels))
 
     def _options(self, stream: StreamProfile, floor: float) -> list[tuple[int, int, int, int, float, bool, float]]:
         """(class, lambda, quanta, bytes, q, keeps the floor before a swap, start cost) of the options worth having."""
@@ -282,10 +348,11 @@ class _Builder:
 
     def _useful(self, stream: StreamProfile) -> list[int]:
         """Retrainings that raise the accuracy and that no other one replaces at every share."""
+        affordable = [g for g, p in enumerate(stream.retrain) if self._labels(p) <= 1.0]
         if self.every_retraining:
-            return list(range(len(stream.retrain)))
+            return affordable
         after = [p.accuracy_after for p in stream.retrain]
-        order = sorted(range(len(after)), key=lambda g: (stream.retrain[g].gpu_seconds, -after[g]))
+        order = sorted(affordable, key=lambda g: (stream.retrain[g].gpu_seconds, -after[g]))
         kept: list[int] = []
         for g in order:
             one = stream.retrain[g]
@@ -298,10 +365,12 @@ class _Builder:
     def _replaces(self, other: RetrainProfile, one: RetrainProfile) -> bool:
         if other.pinned_gpu is not None and other.pinned_gpu != one.pinned_gpu:
             return False
+        if self.budget_s is not None and other.label_seconds > one.label_seconds:
+            return False
         less = other.memory_bytes <= one.memory_bytes and other.swap_bytes <= one.swap_bytes
         return less or not self.memory_matters
 
-    def finish(self, capacities: Floats, item_use: Floats) -> Model:
+    def finish(self, capacities: Floats, item_use: Floats, first_once: int) -> Model:
         problem, count = self.problem, len(self.options)
         width = max(1, *(len(rows) for rows in self.options))
         table = np.zeros((7, count, width))
@@ -311,13 +380,15 @@ class _Builder:
                 table[:, v, : len(rows)] = np.array(rows, dtype=np.float64).T
         cases = np.array(self.cases, dtype=np.float64)
         weight = np.array([stream.weight for stream in problem.streams])
-        joined = [np.concatenate(parts) for parts in zip(*self.modes, strict=True)] if self.modes else [np.zeros(0)] * 5
+        joined = [np.concatenate(parts) for parts in zip(*self.modes, strict=True)] if self.modes else [np.zeros(0)] * 6
         return Model(
             problem=problem,
             classes=self.classes,
             capacities=capacities,
             item_use=item_use,
+            first_once=first_once,
             weight=weight / weight.sum(),
+            own_s=np.array([own_window_s(stream, problem.window_s) for stream in problem.streams]),
             accuracy_now=np.array([stream.accuracy_now for stream in problem.streams]),
             floor=np.array(self.floor),
             option_class=table[0].astype(np.int64),
@@ -332,9 +403,11 @@ class _Builder:
             case_accuracy=cases[:, 2],
             case_bytes=cases[:, 3],
             case_swap_bytes=cases[:, 4],
+            case_labels=cases[:, 5],
             mode_case=joined[0].astype(np.int64),
             mode_class=joined[1].astype(np.int64),
             mode_quanta=joined[2].astype(np.int64),
             mode_seconds=joined[3].astype(np.float64),
             mode_pinned=joined[4].astype(np.int64),
+            mode_turn=joined[5].astype(np.int64),
         )

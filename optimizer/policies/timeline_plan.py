@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from optimizer.execution import share_of
 from optimizer.policies.timeline_layout import Placed, Run
-from protocol.plan import Assignment, InferenceStep, RetrainStep
+from protocol.plan import Assignment, CloudStep, InferenceStep, RetrainStep
 
 Ends = frozenset[int]  # streams whose retrainings have ended
 NOTHING: Ends = frozenset()
@@ -102,14 +102,17 @@ class _Emitter:
         times = set(events)
         ending: dict[float, list[int]] = {}
         starting: dict[float, list[int]] = {}
-        for v, (_, run) in self.runs.items():
+        for v, (g, run) in self.runs.items():
             ending.setdefault(run.end_s, []).append(v)
-            starting.setdefault(run.start_s, []).append(v)
+            if g < self.t.num_gpus:
+                starting.setdefault(run.start_s, []).append(v)
         for now in sorted(times | set(ending) | set(starting)):
             ended = ending.get(now, [])
             self.ended.update(ended)
             for v in ended:
                 g, run = self.runs[v]
+                if g >= self.t.num_gpus:
+                    continue  # the cloud holds nothing here
                 ends = frozenset((v,))
                 self.shares[g].give(run.quanta, ends)
                 self.memory[g].give(self._run_bytes(run), ends)
@@ -238,7 +241,14 @@ class _Emitter:
                 )
             )
         retrain = None
-        if v in self.runs:
+        cloud = None
+        if v in self.runs and self.runs[v][0] >= t.num_gpus:
+            g, run = self.runs[v]
+            cloud = CloudStep(
+                retrain_id=stream.cloud[t.trainings[v][run.training].gamma - len(stream.retrain)].retrain_id,
+                turn=self.placed.runs[g].index(run),
+            )
+        elif v in self.runs:
             g, run = self.runs[v]
             retrain = RetrainStep(
                 retrain_id=stream.retrain[t.trainings[v][run.training].gamma].retrain_id,
@@ -246,7 +256,7 @@ class _Emitter:
                 share=share_of(run.quanta, problem.share_quantum),
                 after=tuple(names[u] for u in self.needed(self.starts[v])),
             )
-        return Assignment(stream_id=stream.stream_id, inference=tuple(steps), retrain=retrain)
+        return Assignment(stream_id=stream.stream_id, inference=tuple(steps), retrain=retrain, cloud=cloud)
 
 
 def assignments_of(placed: Placed) -> tuple[Assignment, ...]:

@@ -1,6 +1,7 @@
 """Queues of retrainings where moving inference is free: in every interval all streams are packed anew on what is left.
 
-For GPUs of one kind, without prices for changes and with memory to spare. A layout (``timeline_layout``) lets a stream
+For GPUs of one kind, without prices for changes and with memory to spare. Links to a cloud are queues like those of
+GPUs, behind them. A layout (``timeline_layout``) lets a stream
 move once; with free moves nothing is lost by letting all of them move at every event, and the search has only the
 queues to decide about: which retraining, on which GPU, in which turn, with how many quanta.
 
@@ -40,21 +41,21 @@ class PoolSearch:
 
     def __init__(self, layout: Layout, trainings: list[list[int]], seed: int) -> None:
         self.t = t = layout.t
-        count, gpus, ints = t.num_streams, t.num_gpus, np.int64
+        count, gpus, ints = t.num_streams, t.num_gpus + t.num_links, np.int64
         self.seed = seed
         self.packing = count <= PACKED_STREAMS
         self._anneal: Any = kernel()
         if self._anneal is None:
             raise RuntimeError("the compiled search has not been loaded (timeline_cache.prepare)")
-        self._fixed = _constants(t)
+        self._fixed = (*_constants(t), *_limits(t))
         self._wanted, self._num_wanted = self._fixed[9], self._fixed[10]
         self.want(trainings)
         queue, queued = np.zeros((gpus, count), dtype=ints), np.zeros(gpus, dtype=ints)
         which, granted = np.full(count, -1, dtype=ints), np.full(count, t.capacity[0], dtype=ints)
-        where, caps = np.full(count, -1, dtype=ints), np.array(t.capacity, dtype=ints)
+        where, caps = np.full(count, -1, dtype=ints), np.full(gpus, t.capacity[0], dtype=ints)
         for g, runs in enumerate(layout.runs):
             bases = sum(t.choices[v][0][layout.base[v]].quanta for v in layout.residents[g])
-            caps[g] = max(1, t.capacity[g] - bases)
+            caps[g] = max(1, (t.capacity[g] if g < t.num_gpus else t.capacity[0]) - bases)
             for run in runs:
                 queue[g, queued[g]] = run.stream
                 queued[g] += 1
@@ -117,8 +118,14 @@ class PoolSearch:
         t = self.t
         queue, queued, which, granted, _, caps = self._best_state
         runs: list[list[Run]] = []
-        for g in range(t.num_gpus):
+        for g in range(t.num_gpus + t.num_links):
             here: list[Run] = []
+            if g >= t.num_gpus:
+                turns = queue[g, : queued[g]].tolist()
+                runs.append(
+                    [Run(v, int(which[v]), 0, start_s, end_s) for v, start_s, end_s in _transfers(t, turns, which)]
+                )
+                continue
             for v in queue[g, : queued[g]].tolist():
                 here.append(_next_run(t, here, v, int(which[v]), int(min(granted[v], caps[g])), int(caps[g])))
             runs.append(here)
@@ -127,7 +134,7 @@ class PoolSearch:
         for e in range(intervals):
             a, b = float(self._moments[e]), float(self._moments[e + 1])
             free = list(t.capacity)
-            for g, per in enumerate(runs):
+            for g, per in enumerate(runs[: t.num_gpus]):
                 free[g] -= sum(run.quanta for run in per if run.start_s <= a < run.end_s)
             levels = self._levels[e].tolist()
             sizes = [t.choices[v][0][k].quanta for v, k in enumerate(levels)]
@@ -144,6 +151,35 @@ class PoolSearch:
                 if not stay.steps or stay.steps[-1][1] != k:
                     stay.steps.append((a, k))
         return Placed(t, runs, stays)
+
+
+def _transfers(t: Tables, turns: list[int], which: Ints) -> list[tuple[int, float, float]]:
+    """(stream, start, arrival) of what one link carries, in its order."""
+    found: list[tuple[int, float, float]] = []
+    up_end_s = down_end_s = 0.0
+    for v in turns:
+        up_s, wait_s, down_s = t.trainings[v][int(which[v])].transfer_s
+        start_s, up_end_s = up_end_s, up_end_s + up_s
+        down_end_s = max(down_end_s, up_end_s + wait_s) + down_s
+        found.append((v, start_s, down_end_s))
+    return found
+
+
+def _limits(t: Tables) -> tuple[Any, ...]:
+    """Own windows, links and labels, in the order of the parameters of the compiled loop."""
+    count, ints = t.num_streams, np.int64
+    depth = max([1, *(len(per) for per in t.trainings)])
+    link, labels = np.full((count, depth), -1, dtype=ints), np.zeros((count, depth))
+    transfers = np.zeros((3, count, depth))
+    running = 0
+    for v, per in enumerate(t.trainings):
+        for i, one in enumerate(per):
+            link[v, i], labels[v, i] = t.queue_of(one), one.labels_s
+            transfers[:, v, i] = one.transfer_s
+            running += one.running
+    own_s = np.array(t.own_s)
+    own_windows = bool((own_s < t.window_s).any())
+    return own_s, link, *transfers.copy(), own_windows, labels, t.label_budget_s, t.num_gpus, running
 
 
 def _next_run(t: Tables, before: list[Run], v: int, training: int, quanta: int, cap: int) -> Run:
@@ -196,7 +232,8 @@ def _constants(t: Tables) -> tuple[Any, ...]:
             quanta[v, j], dq[v, j] = choices[new].quanta - choices[old].quanta, choices[new].q - choices[old].q
             leads_to[v, j] = new
         for i, one in enumerate(t.trainings[v]):
-            after[v, i], seconds[v, i], pinned[v, i] = one.accuracy, one.gpu_seconds, one.pinned
+            after[v, i], seconds[v, i] = one.accuracy, one.gpu_seconds
+            pinned[v, i] = -2 if one.running else one.pinned
     weight, now, rates = np.array(t.weight), np.array(t.accuracy_now), np.array(t.rates[0])
     least_q = np.array([t.choices[v][0][hull[0]].q for v, hull in enumerate(hulls)])
     gain_now = weight[:, None] * now[:, None] * dq

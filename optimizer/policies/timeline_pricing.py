@@ -3,7 +3,10 @@
 Given a price density pi[row, k] >= 0 (objective per unit of the row and second) on the cells of a time
 grid, the best schedule of every stream is found exactly over *continuous* start times: with prefix sums
 of prices, a schedule's worth is piecewise linear in its start, with kinks only where its start or its
-end meets a grid point.
+end meets a grid point, and a jump where its end meets the end of the stream's own window.
+
+Prices are a matrix (rows x cells). What is spent once in a plan (labels, turns of links) has its price in the first
+cell of its row, per window length: a schedule that takes the part x of the budget uses x times the window's seconds.
 """
 
 from __future__ import annotations
@@ -62,11 +65,20 @@ class Pricer:
         self.model, self.grid_s = model, grid_s
         self.length_s = np.diff(grid_s)
         self.num_cells = len(self.length_s)
-        self.capacity_s = model.capacities[:, None] * self.length_s[None, :]
         window_s = model.problem.window_s
-        self._rate_now = (model.weight * model.accuracy_now)[:, None] * model.option_q / window_s  # V x L
+        # Seconds that a cell of a row stands for; of a row of what is spent once only the first cell does.
+        self.row_s = np.repeat(self.length_s[None, :], model.num_rows, axis=0)
+        self.row_s[model.first_once :, 0] = window_s
+        self.capacity_s = model.capacities[:, None] * self.row_s
+        self.capacity_s[model.first_once :, 1:] = 0.0
+        each = model.weight / model.own_s
+        self._rate_now = (each * model.accuracy_now)[:, None] * model.option_q  # V x L
         case_v = model.case_stream
-        self._rate_case = (model.weight[case_v] * model.case_accuracy)[:, None] * model.option_q[case_v] / window_s
+        self._rate_case = (each[case_v] * model.case_accuracy)[:, None] * model.option_q[case_v]
+        self._own = model.own_windows
+        # Part of each cell that lies in the stream's own window, and the cell in which that ends.
+        self._counted_s = np.clip(model.own_s[:, None] - grid_s[None, :-1], 0.0, self.length_s[None, :])  # V x K
+        self._last_cell = np.clip(np.searchsorted(grid_s, model.own_s, side="left") - 1, 0, self.num_cells - 1)
         first_items = np.array([one.first_item for one in model.classes], dtype=np.int64)
         memory_rows = np.array([one.memory_row for one in model.classes], dtype=np.int64)
         option_class = np.maximum(model.option_class, 0)
@@ -89,9 +101,19 @@ class Pricer:
         seconds = model.mode_seconds[:, None]
         pinned = model.mode_pinned[:, None] >= 0
         cells = self.num_cells
-        # Family 1: the start is a grid point. Family 2: the end is.
+        # Family 1: the start is a grid point. Family 2: the end is, or that of the stream's own window.
+        own_s = model.own_s[model.case_stream[model.mode_case]][:, None]
         end_s = grid_s[None, :-1] + seconds
-        start_s = grid_s[None, 1:] - seconds
+        ends = np.repeat(grid_s[None, 1:], len(seconds), axis=0)
+        if self._own:
+            ends = np.concatenate((ends, own_s), axis=1)
+            self._end_late, self._grid_late = end_s >= own_s, ends >= own_s
+            self._grid_late[:, -1] = False
+            self._own_cell = self._last_cell[model.case_stream[model.mode_case]]
+            before_s = self.grid_s[self._own_cell]
+            self._own_part = (own_s[:, 0] - before_s) / self.length_s[self._own_cell]
+        self._ends = ends
+        start_s = ends - seconds
         self._end_ok = (end_s <= window_s) & (~pinned | (np.arange(cells) == 0)[None, :])
         self._start_ok = (start_s >= 0.0) & ~pinned
         self._end_cell, self._end_part = self._locate(end_s)
@@ -99,6 +121,8 @@ class Pricer:
         self._mem_row = memory_rows[model.mode_class] if len(memory_rows) else model.mode_class
         self._mode_bytes = model.case_bytes[model.mode_case]
         self._mode_stream = model.case_stream[model.mode_case]
+        self._mode_labels = model.case_labels[model.mode_case]
+        self._with_once = model.first_once < model.num_rows
         count = model.num_streams
         self._first_mode = np.searchsorted(self._mode_stream, np.arange(count))
         self._last_mode = np.searchsorted(self._mode_stream, np.arange(count), side="right")
@@ -149,28 +173,67 @@ class Pricer:
         after = np.where(self._usable_after[:, :, None], self._rate_case[:, :, None] - cost[case_v], NEVER)
         return before, after
 
-    def swap_values(self, prices: Floats) -> Floats:
-        """Best worth of a stream's inference if case j swaps at grid point k; shape (J, K + 1).
+    def idle(self, prices: Floats) -> Floats:
+        """What serving costs per second when it does not count any more, after case j; shape (J, L, K)."""
+        cost = self.option_prices(prices)[self.model.case_stream]
+        return np.where(self._usable_after[:, :, None], -cost, NEVER)
 
-        In between, the best worth is convex in the swap's time, so that interpolating is never too low.
+    def swap_values(self, prices: Floats) -> tuple[Floats, Floats]:
+        """Best worth of a stream's inference if case j swaps at grid point k, shape (J, K + 1), and its change over
+        each cell, shape (J, K).
+
+        In between, the best worth is convex in the swap's time, so that interpolating is never too low. In the cell
+        in which the stream's own window ends the change is that of the part before the end, drawn out. A swap after
+        that end is worth what no retraining is.
         """
         model = self.model
         case_v = model.case_stream
         before, after = self.rates(prices)
-        if model.problem.config_change_s > 0.0 or model.problem.migration_s > 0.0:
-            return self._swap_values_with_changes(before, after)
-        first = np.cumsum(before.max(axis=1) * self.length_s, axis=1)
-        last = np.cumsum((after.max(axis=1) * self.length_s)[:, ::-1], axis=1)[:, ::-1]
-        value = np.zeros((len(case_v), self.num_cells + 1))
-        value[:, 1:] = first if self.swap_per_case else first[case_v]
-        value[:, :-1] += last
-        return value
+        rest: Floats | None = None
+        if self._own:
+            rest = self.idle(prices).max(axis=1) * (self.length_s - self._counted_s)[case_v]
+        if self._changes:
+            value, slope = self._swap_values_with_changes(before, after, rest)
+        else:
+            per_case = before.max(axis=1)
+            then = after.max(axis=1)
+            if rest is None:
+                first = np.cumsum(per_case * self.length_s, axis=1)
+                last = np.cumsum((then * self.length_s)[:, ::-1], axis=1)[:, ::-1]
+            else:
+                counted_s = self._counted_s
+                first = np.cumsum(per_case * (counted_s[case_v] if self.swap_per_case else counted_s), axis=1)
+                last = np.cumsum((then * counted_s[case_v] + rest)[:, ::-1], axis=1)[:, ::-1]
+            value = np.zeros((len(case_v), self.num_cells + 1))
+            value[:, 1:] = first if self.swap_per_case else first[case_v]
+            value[:, :-1] += last
+            if rest is None:
+                slope = np.diff(value, axis=1)
+            else:
+                slope = ((per_case if self.swap_per_case else per_case[case_v]) - then) * self.length_s
+        if rest is not None:
+            late = self.grid_s[None, :] >= model.own_s[case_v][:, None]
+            none = self._none_worth(value)[case_v]
+            value = np.where(late, none[:, None], value)
+            slope = np.where(late[:, :-1], 0.0, slope)
+        return value, slope
 
-    def _swap_values_with_changes(self, before: Floats, after: Floats) -> Floats:
+    def _none_worth(self, value: Floats) -> Floats:
+        """Worth of every stream without a retraining, from ``swap_values`` up to the end of its own window."""
+        none = np.flatnonzero(self.model.case_gamma < 0)
+        if not self._changes:
+            return np.asarray(value[none, 0])
+        if not self._own:
+            return np.asarray(value[none].max(axis=1))
+        early = self.grid_s[None, :] < self.model.own_s[:, None]
+        return np.asarray(np.where(early, value[none], -np.inf).max(axis=1))
+
+    def _swap_values_with_changes(self, before: Floats, after: Floats, rest: Floats | None) -> tuple[Floats, Floats]:
         """The same with a price per change, by dynamic programming over the cells.
 
         An extra option, worth nothing at no price, stands for the seconds without service; leaving it
         costs a change. This makes the result an upper bound also where changes follow one another fast.
+        ``rest``: what serving costs in each cell after the own window, where changes cost nothing any more.
         """
         model = self.model
         case_v, cells = model.case_stream, self.num_cells
@@ -181,13 +244,18 @@ class Pricer:
         blank_now = np.zeros((len(before), 1))
         if self.swap_per_case:
             lost_now, start = lost_now[case_v], start[case_v]
+        counted_v = self._counted_s[case_v] if self.swap_per_case else self._counted_s
+        last_v = self._last_cell[case_v] if self.swap_per_case else self._last_cell
+        at_own = np.zeros(len(before))  # best state at the end of the own window
         forward = [np.concatenate((-start, blank_now), axis=1)]
         lost_before = np.concatenate((lost_now, blank_now), axis=1)
         for k in range(cells):
-            gained = np.concatenate((before[:, :, k], blank_now), axis=1) * self.length_s[k]
+            gained = np.concatenate((before[:, :, k], blank_now), axis=1) * counted_v[:, k : k + 1]
             state = forward[-1]
             state = np.maximum(state, state.max(axis=1, keepdims=True) - lost_before)
             forward.append(state + gained)
+            if rest is not None:
+                at_own = np.where(last_v == k, forward[-1].max(axis=1), at_own)
         blank_case = np.zeros((len(case_v), 1))
         lost_after = np.concatenate((lost_case, blank_case), axis=1)
         backward = np.zeros_like(lost_after)
@@ -197,9 +265,19 @@ class Pricer:
             state = forward[k] if self.swap_per_case else forward[k][case_v]
             value[:, k] = (state + ahead).max(axis=1)
             if k:
-                gained = np.concatenate((after[:, :, k - 1], blank_case), axis=1) * self.length_s[k - 1]
+                gained = (
+                    np.concatenate((after[:, :, k - 1], blank_case), axis=1) * self._counted_s[case_v, k - 1][:, None]
+                )
                 backward = ahead + gained
-        return value
+                if rest is not None:
+                    backward = backward + rest[:, k - 1 : k]
+        slope = np.diff(value, axis=1)
+        if rest is not None:
+            rows, cell = np.arange(len(case_v)), self._last_cell[case_v]
+            ending = (at_own if self.swap_per_case else at_own[case_v]) + rest.sum(axis=1)
+            part = self._counted_s[case_v, cell] / self.length_s[cell]
+            slope[rows, cell] = (ending - value[rows, cell]) / np.maximum(part, 1e-9)
+        return value, slope
 
     # ------------------------------------------------------------ schedules
 
@@ -242,30 +320,44 @@ class Pricer:
     def _mode_worths(self, prices: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """Worth of "none" per stream; worth, start and end of every mode at its best start."""
         model = self.model
-        value = self.swap_values(prices)
-        none = np.flatnonzero(model.case_gamma < 0)
-        worth_none = value[none, 0] if not self._changes else value[none].max(axis=1)
+        value, slope = self.swap_values(prices)
+        worth_none = self._none_worth(value)
         if not len(model.mode_case):
             empty = np.zeros(0)
             return worth_none, empty, empty, empty
         item_prices = model.item_use.T @ prices
         paid = np.zeros((len(item_prices) + model.num_rows, self.num_cells + 1))
         np.cumsum(np.concatenate((item_prices, prices)) * self.length_s, axis=1, out=paid[:, 1:])
-        slope = np.diff(value, axis=1)
         flat_value, flat_slope = value.ravel(), slope.ravel()
         base = model.mode_case[:, None]
         at_end = base * (self.num_cells + 1) + self._end_cell
         ends = flat_value[at_end] + self._end_part * flat_slope[base * self.num_cells + self._end_cell]
+        at_grid = value[model.mode_case, 1:]
+        if self._own:
+            none = worth_none[self._mode_stream][:, None]
+            ends = np.where(self._end_late, none, ends)
+            cell = self._own_cell
+            at_own = value[model.mode_case, cell] + self._own_part * slope[model.mode_case, cell]
+            at_grid = np.concatenate((np.where(self._grid_late[:, :-1], none, at_grid), at_own[:, None]), axis=1)
         by_start = ends - self._rent(paid, self._end_cell, self._end_part, None)
         by_start = np.where(self._end_ok, by_start, NEVER)
-        by_end = value[model.mode_case, 1:] - self._rent(paid, None, None, (self._start_cell, self._start_part))
+        by_end = at_grid - self._rent(paid, None, None, (self._start_cell, self._start_part))
         by_end = np.where(self._start_ok, by_end, NEVER)
         i, j = by_start.argmax(axis=1), by_end.argmax(axis=1)
         rows = np.arange(len(i))
         a, b = by_start[rows, i], by_end[rows, j]
         starting = a >= b
-        start_s = np.where(starting, self.grid_s[i], self.grid_s[j + 1] - model.mode_seconds)
-        return worth_none, np.where(starting, a, b), start_s, start_s + model.mode_seconds
+        start_s = np.where(starting, self.grid_s[i], self._ends[rows, j] - model.mode_seconds)
+        worth = np.where(starting, a, b)
+        if self._with_once:
+            worth = worth - self._spent(prices)
+        return worth_none, worth, start_s, start_s + model.mode_seconds
+
+    def _spent(self, prices: Floats) -> Floats:
+        """What every mode pays for labels and for its turn on a link; shape (M)."""
+        once = prices[self.model.first_once :, 0] * self.model.problem.window_s
+        turn = self.model.mode_turn
+        return np.asarray(once[0] * self._mode_labels + np.where(turn >= 0, once[turn], 0.0))
 
     @property
     def _changes(self) -> bool:
@@ -294,11 +386,15 @@ class Pricer:
     ) -> Floats:
         slope = np.diff(paid, axis=1)
         index = row[:, None]
+        last = paid[row, 1:]
+        if self._own and start is not None:
+            own = paid[row, self._own_cell] + self._own_part * slope[row, self._own_cell]
+            last = np.concatenate((last, own[:, None]), axis=1)
         if end_cell is not None and end_part is not None:
             return paid[index, end_cell] + end_part * slope[index, end_cell] - paid[row, :-1]
         assert start is not None
         cell, part = start
-        return paid[row, 1:] - (paid[index, cell] + part * slope[index, cell])
+        return last - (paid[index, cell] + part * slope[index, cell])
 
     # ------------------------------------------------------------ what schedules use
 
@@ -327,6 +423,12 @@ class Pricer:
         swap_s = np.where(mode >= 0, priced.end_s[chosen_v], model.problem.window_s)
         before_s = self.overlap_s(np.zeros(len(chosen_v)), swap_s)
         after_s = self.length_s[None, :] - before_s
+        idle = second
+        if self._own:
+            before_s = self.overlap_s(np.zeros(len(chosen_v)), np.minimum(swap_s, model.own_s))
+            after_s = self._counted_s - before_s
+            idle = self.idle(prices)[case].argmax(axis=1)
+        rest_s = self.length_s[None, :] - before_s - after_s
         used = np.zeros((len(chosen_v), model.num_rows, self.num_cells))
         n, k = np.indices((len(chosen_v), self.num_cells))
         v = chosen_v[:, None]
@@ -334,7 +436,8 @@ class Pricer:
         for option, seconds, rate, swap in (
             (first, before_s, self._rate_now[v, first], model.case_swap_bytes[case]),
             (second, after_s, self._rate_case[case[:, None], second], np.zeros(len(case))),
-        ):
+            (idle, rest_s, np.zeros(idle.shape), np.zeros(len(case))),
+        )[: 3 if self._own else 2]:
             value += (rate * seconds).sum(axis=1)
             used += np.moveaxis(model.item_use[:, self._option_item[v, option]] * seconds, 0, 1)
             if self.with_memory:
@@ -350,4 +453,9 @@ class Pricer:
             if self.with_memory:
                 row = self._mem_row[m]
                 used[retrains, row] += np.where(row >= 0, self._mode_bytes[m], 0.0)[:, None] * seconds
+            if self._with_once:
+                used[retrains, model.first_once, 0] += self._mode_labels[m] * model.problem.window_s
+                sent = np.flatnonzero(model.mode_turn[m] >= 0)
+                turn = model.first_once + model.mode_turn[m[sent]]
+                used[retrains[sent], turn, 0] += model.problem.window_s
         return value, used

@@ -114,12 +114,15 @@ class Search:
             else:
                 training = candidates[int(len(candidates) * rng.random() ** 2)]
             pinned = t.trainings[v][training].pinned
-            g = old_g if old_g >= 0 and rng.random() < 0.4 else int(rng.random() * t.num_gpus)
+            link = t.queue_of(t.trainings[v][training])
+            g = old_g if 0 <= old_g < t.num_gpus and rng.random() < 0.4 else int(rng.random() * t.num_gpus)
             if pinned >= 0:
                 g = pinned
             quanta = 0 if rng.random() < 0.75 else 1 + int(rng.random() * t.capacity[g])
+            if link >= 0:
+                g, quanta = link, 0
             at = 0 if pinned >= 0 else int(rng.random() * (len(layout.queue[g]) + 1))
-            if pinned < 0 and rng.random() < GUIDED:
+            if pinned < 0 and link < 0 and rng.random() < GUIDED:
                 place = self._good_place(v, training)
                 if place is not None:
                     g, at, quanta = *place, 0
@@ -173,8 +176,8 @@ class Search:
                 ends += other.gpu_seconds / rate
             delays.append((ends, 0.0))
             for at, (start_s, gain) in enumerate(delays):
-                if start_s + length_s < t.window_s:
-                    score = worth * (t.window_s - start_s - length_s) - behind * length_s
+                if start_s + length_s < t.own_s[v]:
+                    score = worth * (t.own_s[v] - start_s - length_s) - behind * length_s
                     score -= noise * log(-log(random_() + 1e-300) + 1e-300)
                     if score > best:
                         best, place = score, (g, at)
@@ -191,7 +194,7 @@ class Search:
         layout, rng = self.layout, self.rng
         u = int(rng.random() * self.t.num_streams)
         g, h = layout.where[v], layout.where[u]
-        if u == v or g < 0 or h < 0:
+        if u == v or g < 0 or h < 0 or (g != h and max(g, h) >= self.t.num_gpus):
             return None
         saved = {g: list(layout.queue[g]), h: list(layout.queue[h])}
         i = next(i for i, entry in enumerate(layout.queue[g]) if entry.stream == v)

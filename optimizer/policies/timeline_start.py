@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 
+import numpy as np
+
 from optimizer.execution import capacity_quanta, needed_quanta, quanta_per_gpu, share_of
 from optimizer.policies.timeline_bound import Dual
 from optimizer.policies.timeline_layout import FOREVER, Layout, Queued, Tables
@@ -187,7 +189,11 @@ def queue_retrainings(layout: Layout, dual: Dual) -> None:
     """Queue the schedules that the dual favours, in order of their starts, where each would end first."""
     tables, model = layout.t, dual.pricer.model
     by_case = [{training.case: i for i, training in enumerate(per)} for per in tables.trainings]
-    wanted = sorted((float(dual.start_s[v]), v) for v in range(tables.num_streams) if dual.mode[v] >= 0)
+    # Retrainings in the cloud all begin with the plan; their turns tell the order.
+    turn_s = np.where(model.mode_turn >= 0, model.mode_seconds, 0.0)
+    wanted = sorted(
+        (float(dual.start_s[v] + turn_s[dual.mode[v]]), v) for v in range(tables.num_streams) if dual.mode[v] >= 0
+    )
     ends = [0.0] * tables.num_gpus
     left = list(tables.capacity)
     for g in range(tables.num_gpus):
@@ -198,12 +204,15 @@ def queue_retrainings(layout: Layout, dual: Dual) -> None:
         if index < 0:
             continue
         training = tables.trainings[v][index]
+        if training.link >= 0:
+            _send(layout, v, index)
+            continue
         spots = []
         for g in range(tables.num_gpus):
             if left[g] > 0 and training.pinned in (-1, g) and (training.pinned < 0 or ends[g] == 0.0):
                 rate = tables.rates[tables.class_of[g]][left[g]]
                 spots.append((ends[g] + training.gpu_seconds / rate, g))
-        if not spots or min(spots)[0] >= tables.window_s:
+        if not spots or min(spots)[0] >= tables.own_s[v]:
             continue
         end_s, g = min(spots)
         layout.queue[g].append(Queued(v, index, 0))
@@ -216,6 +225,22 @@ def queue_retrainings(layout: Layout, dual: Dual) -> None:
                 raise RuntimeError("taking a retraining back left an infeasible layout")
         else:
             ends[g] = end_s
+
+
+def _send(layout: Layout, v: int, index: int) -> None:
+    """Put a retraining in the cloud behind the others of its link (in front if it runs), if it comes in time."""
+    tables = layout.t
+    training = tables.trainings[v][index]
+    g = tables.queue_of(training)
+    at = 0 if training.running else len(layout.queue[g])
+    layout.queue[g].insert(at, Queued(v, index, 0))
+    layout.where[v], layout.training[v] = g, index
+    gpus = {g, layout.host[v]} if tables.with_memory else {g}
+    if layout.settle(gpus) is None:
+        layout.queue[g].pop(at)
+        layout.where[v], layout.training[v] = -1, -1
+        if layout.settle(gpus) is None:
+            raise RuntimeError("taking a retraining back left an infeasible layout")
 
 
 def pack_wanted(tables: Tables, dual: Dual, dearer: float = 1.0) -> Layout | None:
@@ -256,7 +281,9 @@ def pack_wanted(tables: Tables, dual: Dual, dearer: float = 1.0) -> Layout | Non
 def move_later(layout: Layout, deadline: float) -> None:
     """Let streams move into GPUs whose queue has ended, the first to end first, wherever that gains."""
     tables = layout.t
-    closing = sorted((max(run.end_s for run in runs), g) for g, runs in enumerate(layout.runs) if runs)
+    closing = sorted(
+        (max(run.end_s for run in runs), g) for g, runs in enumerate(layout.runs[: tables.num_gpus]) if runs
+    )
     for _, g in closing:
         c = tables.class_of[g]
         spare = tables.capacity[g] - sum(tables.choices[v][c][layout.base[v]].quanta for v in layout.residents[g])

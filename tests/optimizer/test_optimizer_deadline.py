@@ -51,6 +51,25 @@ def test_every_fault_costs_quality_and_never_the_plan_and_is_told(fault: str) ->
         assert again.report.policy == "milp"
 
 
+def test_a_question_that_a_starting_child_never_saw_is_not_what_the_next_report_is_about() -> None:
+    problem = random_problem(6, 2, 9, 3)
+    with Planner("milp", 0.01, command=CHILD) as planner:
+        report = planner.solve(with_fault(problem, "crash")).report
+        assert "it was still starting" in report.detail
+        warm(planner)
+        report = planner.solve(with_fault(problem, "none"), 20.0).report
+    assert report.policy == "milp"
+    assert "solver process" not in report.detail
+
+
+def test_no_stream_has_more_steps_than_there_are_retrainings_to_wait_for() -> None:
+    problem = with_fault(msgspec.structs.replace(random_problem(800, 64, 3, 1), share_quantum=0.02), "endless")
+    with Planner("milp", 20.0, command=CHILD) as planner:
+        warm(planner)
+        report = planner.solve(problem).report
+    assert any(word in report.detail for word in (*FAULTS["endless"], "no answer within")), report.detail
+
+
 def test_a_plan_offered_early_outlives_its_child() -> None:
     problem = with_fault(random_problem(6, 2, 9, 3), "early")
     with Planner("milp", 2.0, command=CHILD) as planner:

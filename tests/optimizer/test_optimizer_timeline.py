@@ -11,7 +11,7 @@ import pytest
 from optimizer.execution import capacity_quanta, quanta_of, retrain_seconds
 from optimizer.objective import judge
 from optimizer.policies.registry import get_policy
-from optimizer.policies.timeline import cautious, timeline
+from optimizer.policies.timeline import timeline
 from optimizer.problems import random_problem
 from protocol.errors import PlanError
 from protocol.plan import InferenceProfile, Plan, Problem, RetrainProfile, StreamProfile
@@ -259,19 +259,3 @@ def test_a_budget_of_nothing_still_gives_a_feasible_plan() -> None:
     assert judge(problem, plan).feasible
     assert plan.report.bound is not None
     assert math.isfinite(plan.report.bound)
-
-
-def test_caution_plans_on_lower_accuracies_and_is_judged_on_the_estimates() -> None:
-    problem = mixed_problem(3)
-    lowered = cautious(problem, 2.0)
-    for stream, low in zip(problem.streams, lowered.streams, strict=True):
-        for profile, other in zip(stream.retrain, low.retrain, strict=True):
-            assert other.accuracy_after == pytest.approx(max(0.0, profile.accuracy_after - 0.1))
-    plan = timeline(problem, 1.0, caution=2.0)
-    verdict = judge(problem, plan)
-    assert plan.report.bound is not None
-    assert plan.report.value == verdict.value <= plan.report.bound
-    for stream, assignment in zip(lowered.streams, plan.assignments, strict=True):
-        if assignment.retrain is not None:
-            chosen = next(p for p in stream.retrain if p.retrain_id == assignment.retrain.retrain_id)
-            assert chosen.accuracy_after > stream.accuracy_now
