@@ -33,6 +33,7 @@ _VALUE_TOLERANCE = 1e-6
 # Of the deadline, kept for the way back and for judging: seconds, and seconds per stream.
 _ANSWER_MARGIN_S = (0.03, 6e-5)
 _JUDGING_S = (0.005, 3e-5)
+_PACKING_S = (0.0, 2e-4)  # what a policy takes to pack and judge its last plan, beyond the time that it is given
 # Seconds per stream that an incumbent takes on a quiet machine, and seconds of any besides. What the first one took
 # beyond that tells how busy the machine is.
 _PACE_S = {
@@ -43,6 +44,8 @@ _PACE_S = {
     "serving only": 3e-4,
     "thief": 1.4e-3,
 }
+# The least that a policy takes that is asked in this process, seconds per stream; of others, that of the thief.
+_LEAST_PACE_S = {"fair": 4e-4, "marginal": 4e-4, "uniform": 2.5e-4, "thief": 7e-4}
 _LEAST_S = 2e-3
 _PATIENCE = 0.25  # of the deadline, that a child has to leave a dropped question
 _CAUTION = 1.5  # incumbents are begun if so many times their usual time is left
@@ -265,20 +268,25 @@ class Planner:
         problem = question.planned
         if not self._entry.exact and not self._entry.solver:
             policy = get_policy(self.policy_name)
+            family = self.policy_name.partition(":")[0]
+            least_s = _LEAST_S + _LEAST_PACE_S.get(family, _LEAST_PACE_S["thief"]) * len(problem.streams)
             left_s = question.deadline_s - self._clock() - _of(_JUDGING_S, problem)
-            self._attempt(question, self.policy_name, lambda: policy(problem, max(0.0, left_s)))
-            if question.incumbents and question.incumbents[0].verdict.only_floors_broken:
-                return
+            if left_s >= least_s:
+                self._attempt(question, self.policy_name, lambda: policy(problem, left_s - _of(_PACKING_S, problem)))
+                if question.has_plan:
+                    return
+            else:
+                question.notes.append(f"{self.policy_name}: left out, too slow for the deadline")
         busy = 1.0
         if last_plan is not None:
             self._attempt(question, "last plan", lambda: _still(problem, last_plan))
             busy = self._timed(question, "last plan repaired", lambda: baselines.repaired(problem, last_plan), busy)
         if not question.has_plan:
             busy = self._timed(question, "cheapest", lambda: baselines.cheapest(problem), busy)
-        busy = self._timed(question, "fair", lambda: baselines.fair(problem, INCUMBENT_BUDGET_S), busy)
         if self._entry.exact:
             busy = self._timed(question, "marginal", lambda: marginal(problem, INCUMBENT_BUDGET_S), busy)
             busy = self._timed(question, "serving only", lambda: serving_only(problem), busy)
+        busy = self._timed(question, "fair", lambda: baselines.fair(problem, INCUMBENT_BUDGET_S), busy)
         self._timed(question, "thief", lambda: baselines.thief_or_uniform(problem, INCUMBENT_BUDGET_S), busy)
 
     def _timed(self, question: _Question, method: str, make: Callable[[], Plan], busy: float) -> float:

@@ -29,6 +29,7 @@ from protocol.plan import Plan, Problem
 Level = Literal["low", "middle", "high"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 INFERENCE_PARTS = (0.3, 0.5, 0.7, 0.9)
+_STEALING_S = 2.5e-5  # seconds per pair of streams that all thefts take at the least
 
 
 def fair(problem: Problem, budget_s: float) -> Plan:
@@ -107,18 +108,32 @@ def uniform(problem: Problem, budget_s: float) -> Plan:
 
 
 def thief_or_uniform(problem: Problem, budget_s: float) -> Plan:
-    """The thief's plan, or the best uniform one where that is better by the judge (few streams on one GPU)."""
+    """The thief's plan, or the best uniform one where that is better by the judge (few streams on one GPU).
+
+    Where there are too many streams for the thief to come to an end the uniform plans are made first.
+    """
     started_s = time.monotonic()
-    plan = thief(problem, budget_s)
-    left_s = budget_s - (time.monotonic() - started_s)
-    if left_s <= 0.0:
-        return plan
-    other = uniform(problem, left_s)
+    if _STEALING_S * len(problem.streams) ** 2 > budget_s:
+        other = uniform(problem, budget_s)
+        left_s = budget_s - (time.monotonic() - started_s)
+        if left_s <= 0.0:
+            return _as_thief(other, f"{other.report.detail}; no time for thefts", started_s)
+        plan = thief(problem, left_s)
+    else:
+        plan = thief(problem, budget_s)
+        left_s = budget_s - (time.monotonic() - started_s)
+        if left_s <= 0.0:
+            return plan
+        other = uniform(problem, left_s)
     if judge(problem, other).rank <= judge(problem, plan).rank:
         return plan
     detail = "; ".join(filter(None, [plan.report.detail, f"{other.report.detail} is better"]))
-    report = msgspec.structs.replace(other.report, policy="thief", detail=detail, seconds=time.monotonic() - started_s)
-    return msgspec.structs.replace(other, report=report)
+    return _as_thief(other, detail, started_s)
+
+
+def _as_thief(plan: Plan, detail: str, started_s: float) -> Plan:
+    report = msgspec.structs.replace(plan.report, policy="thief", detail=detail, seconds=time.monotonic() - started_s)
+    return msgspec.structs.replace(plan, report=report)
 
 
 def thief_fixed_config(problem: Problem, budget_s: float) -> Plan:

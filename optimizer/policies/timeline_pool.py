@@ -59,7 +59,7 @@ class PoolSearch:
             for run in runs:
                 queue[g, queued[g]] = run.stream
                 queued[g] += 1
-                which[run.stream], granted[run.stream], where[run.stream] = run.training, run.quanta, g
+                which[run.stream], granted[run.stream], where[run.stream] = run.training, run.quanta or t.capacity[0], g
         self._state = (queue, queued, which, granted, where, caps)
         self._best_state = tuple(part.copy() for part in self._state)
         self._levels, self._moments = np.zeros((2 * count + 2, count), dtype=ints), np.zeros(2 * count + 3)
