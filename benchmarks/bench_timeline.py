@@ -63,7 +63,7 @@ def two_kinds(problem: Problem, seed: int) -> Problem:
 
 
 def little_memory(problem: Problem, seed: int) -> Problem:
-    """A GPU holds its part of the models that serve, one of them once more for a swap, and one retraining and a half."""
+    """A GPU holds its part of the models that serve, one of them twice for a swap, and a retraining and a half."""
     each = -(-len(problem.streams) // len(problem.gpus))
     streams = tuple(
         msgspec.structs.replace(
