@@ -1,9 +1,9 @@
 """Is a freer policy ever worse? ``python benchmarks/bench_order.py --problems 500``.
 
 Mixed random problems go through the planner as in production (child process, deadline, the best by the judge
-wins). Counts how often the order timeline >= milp >= thief >= best uniform, or milp >= none, is broken, and bounds that
-are below a plan. ``--limits``: with own windows, latency limits, a label budget and a link to a cloud besides. Every line
-names its seed.
+wins). Counts how often the order timeline >= milp >= thief >= best uniform, or milp >= none, is broken, and bounds
+that are below a plan. ``--limits``: with own windows, latency limits, a label budget and a link to a cloud besides.
+Every line names its seed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> int:
             bound = plans["timeline"].report.bound
             if bound is not None:
                 gaps.append(100 * (bound - values["timeline"]) / bound)
-                if max(v.value for v in verdicts.values() if v.feasible) > bound + TOLERANCE:
+                if max((v.value for v in verdicts.values() if v.feasible), default=0.0) > bound + TOLERANCE:
                     broken["bound"] += 1
                     print(f"seed {seed}: bound {bound:.5f} below one of {values}")
     finally:
