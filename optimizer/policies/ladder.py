@@ -60,8 +60,7 @@ def static_plan(problem: Problem, budget_s: float, offer: Callable[[Plan], None]
         quick.run()
     left_s = budget_s - (time.monotonic() - began)
     reason, plan = "", None
-    needed_s = _OPTIONS_S * len(problem.streams) * quanta_per_gpu(problem.share_quantum)
-    if many and needed_s > _CAUTION * left_s:
+    if many and not _has_time(problem, left_s):
         reason = "milp: left out, there are too many streams for the time"
     else:
         try:
@@ -73,6 +72,12 @@ def static_plan(problem: Problem, budget_s: float, offer: Callable[[Plan], None]
     if not many:
         quick.run()
     return quick.better(plan, reason, began)
+
+
+def _has_time(problem: Problem, left_s: float) -> bool:
+    """Whether the MILP can be expected to look at all options in ``left_s`` seconds."""
+    needed_s = _OPTIONS_S * len(problem.streams) * quanta_per_gpu(problem.share_quantum)
+    return needed_s <= _CAUTION * left_s
 
 
 class _Quick:
@@ -155,13 +160,14 @@ def timeline_or_static(problem: Problem, budget_s: float, offer: Callable[[Plan]
     # Every plan that keeps the latency limits is one of this problem.
     known = without_slow_configurations(problem)
     # The static plan comes first, so that there is one to send if the search is cut short.
-    for policy in (timeline,) if many else (milp, timeline):
-        left = budget_s * (_STATIC_PART if policy is milp else 1.0) - (time.monotonic() - began)
+    static = milp if len(problem.streams) <= _QUICK_FIRST or _has_time(problem, _STATIC_PART * budget_s) else marginal
+    for policy in (timeline,) if many else (static, timeline):
+        left = budget_s * (_STATIC_PART if policy is static else 1.0) - (time.monotonic() - began)
         try:
             if policy is timeline:
                 plans.insert(0, timeline(known, left, offer=offer))
             else:
-                plans.append(milp(problem, left))
+                plans.append(static(problem, left))
                 if offer is not None:
                     offer(plans[0])
         except PlanError as error:

@@ -339,6 +339,44 @@ def deal(
 
 
 @compiled
+def replace(
+    v: int,
+    u: int,
+    g: int,
+    queue: Ints,
+    queued: Ints,
+    which: Ints,
+    granted: Ints,
+    where: Ints,
+    caps: Ints,
+    wanted: Ints,
+    num_wanted: Ints,
+    link: Ints,
+    num_gpus: int,
+    undo: Ints,
+) -> bool:
+    """Put a retraining of ``u``, which has none, where that of ``v`` is in queue ``g``; ``v`` has none then."""
+    i = wanted[u, int(num_wanted[u] * np.random.random() ** 2)]
+    if g >= num_gpus:
+        for k in range(num_wanted[u]):
+            if link[u, wanted[u, k]] == g:
+                i = wanted[u, k]
+                break
+    if link[u, i] != (g if g >= num_gpus else -1):
+        return False
+    undo[0], undo[1], undo[2], undo[3], undo[4], undo[5] = v, u, g, -1, which[v], granted[v]
+    undo[6], undo[7], undo[8], undo[9] = queued[g], 0, caps[g], 0
+    undo[10], undo[11] = which[u], granted[u]
+    place = 0
+    while queue[g, place] != v:
+        place += 1
+    queue[g, place] = u
+    where[u], which[u], granted[u] = g, i, granted[v]
+    where[v], which[v] = -1, -1
+    return True
+
+
+@compiled
 def change(
     queue: Ints,
     queued: Ints,
@@ -353,9 +391,13 @@ def change(
     capacity: int,
     num_gpus: int,
     splitting: float,
+    scarce: bool,
     undo: Ints,
 ) -> bool:
-    """One random change of the queues, in place. ``undo``: v, u, GPUs g and h, then what v, g and h had."""
+    """One random change of the queues, in place. ``undo``: v, u, queues g and h, then what v, g, h and u had.
+
+    ``scarce``: labels or turns of links are, so that one retraining often has to make room for another one.
+    """
     count = len(which)
     v = int(np.random.random() * count)
     draw = np.random.random()
@@ -363,6 +405,10 @@ def change(
     if draw < 0.3 and g >= 0:  # exchange with another one
         u = int(np.random.random() * count)
         h = where[u]
+        if h < 0 and scarce and u != v and num_wanted[u] > 0:
+            return replace(
+                v, u, g, queue, queued, which, granted, where, caps, wanted, num_wanted, link, num_gpus, undo
+            )
         if u == v or h < 0 or (g != h and max(g, h) >= num_gpus):
             return False
         undo[0], undo[1], undo[2], undo[3], undo[4], undo[5] = v, u, g, h, which[v], granted[v]
@@ -506,7 +552,8 @@ def anneal(
     labels_known = labels_used
     pay = weight.copy()
     held, order = granted.copy(), np.arange(kinds * count)
-    undo = np.full(10, -1)
+    undo = np.full(12, -1)
+    scarce = len(queued) > num_gpus or label_budget_s < NEVER
     open_sizes, open_gains = np.zeros(NUM_BUCKETS), np.zeros(NUM_BUCKETS)
     open_base = 0.0
     for w in range(count):
@@ -544,7 +591,7 @@ def anneal(
         if not opening:
             if not change(
                 queue, queued, which, granted, where, caps, wanted, num_wanted, pinned, link, capacity, num_gpus,
-                splitting, undo,
+                splitting, scarce, undo,
             ):  # fmt: skip
                 continue
             v, u, g, h = undo[0], undo[1], undo[2], undo[3]
@@ -554,6 +601,8 @@ def anneal(
                     labels_used -= labels_s[v, undo[4]]
                 if where[v] >= 0:
                     labels_used += labels_s[v, which[v]]
+            elif h < 0:
+                labels_used += labels_s[u, which[u]] - labels_s[v, undo[4]]
             feasible = labels_used <= label_budget_s
             if h >= 0:
                 feasible = feasible and schedule(
@@ -704,6 +753,8 @@ def anneal(
                 queued[h], caps[h] = undo[7], undo[9]
             if u >= 0:
                 where[u] = h
+                if h < 0:
+                    which[u], granted[u], starts[u], ends[u] = undo[10], undo[11], NEVER, NEVER
             for turn in range(2):
                 x = g if turn == 0 else h
                 if x >= 0:
