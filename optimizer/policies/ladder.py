@@ -85,7 +85,7 @@ class _Quick:
 
     def __init__(self, problem: Problem, deadline: float, offer: Callable[[Plan], None] | None) -> None:
         self.problem, self.deadline, self.offer = problem, deadline, offer
-        self.best: tuple[tuple[bool, int, float], Plan] | None = None
+        self.best: tuple[tuple[int, int, float], Plan] | None = None
         self.reasons: list[str] = []
 
     def run(self) -> None:

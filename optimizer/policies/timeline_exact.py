@@ -60,8 +60,8 @@ class _Exhaustive:
             for g in model.classes[int(model.mode_class[m])].members if pinned < 0 else (pinned,):
                 seconds = float(model.mode_seconds[m])
                 self.candidates[v].append((loss, index, g, int(model.mode_quanta[m]), seconds))
-        for per in self.candidates:
-            per.sort()
+        for found in self.candidates:
+            found.sort()
 
     def run(self) -> Exhausted:
         self._branch(0, 0.0, [])

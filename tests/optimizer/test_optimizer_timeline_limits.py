@@ -216,7 +216,8 @@ def test_pricing_with_own_windows_and_labels_finds_the_best_start_in_continuous_
         def served(accuracy: float, v: int = v, own_s: float = own_s) -> list[float]:
             costs = [needed_quanta(p, problem.gpus[0], 0.1) / 10 * prices[0] for p in problem.streams[v].inference]
             worth = [accuracy * p.relative_accuracy / own_s / 2.0 for p in problem.streams[v].inference]
-            return np.max([w - c for w, c in zip(worth, costs, strict=True)], axis=0).tolist()
+            best_of = np.max([w - c for w, c in zip(worth, costs, strict=True)], axis=0)
+            return [float(one) for one in best_of]
 
         now, idle = served(stream.accuracy_now), served(0.0)
         best = integral(now, 0.0, own_s) + integral(idle, own_s, 200.0)
