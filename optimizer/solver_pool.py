@@ -82,7 +82,7 @@ class SolverPool:
         What it was asked it never gets to see.
         """
         if self.child is not None:
-            self.child.drop()
+            self.child.forget()
         starting = self.child is not None and not self.child.ready and not self.spare_is_warm
         if not (starting and self._clock() - self._started_s < START_PATIENCE_S):
             self.replace()

@@ -78,6 +78,7 @@ class SolverProcess:
         A child that is still starting gets it when it is ready, and only if no other one has been asked and it has not
         been dropped meanwhile: else a question of the past would be what it answers, or fails at, next.
         """
+        self.forget()
         self._serial += 1
         self._num_answers, self.offer = 0, None
         question = Question(serial=self._serial, deadline_s=time.monotonic() + budget_s, problem=problem)
@@ -89,9 +90,10 @@ class SolverProcess:
         # A large problem does not fit into the socket at once; an idle child takes it within milliseconds.
         self._flush(min(_PATIENCE_S, _PATIENCE_PART * budget_s))
 
-    def drop(self) -> None:
+    def forget(self) -> None:
         """Nobody waits for the last question any more; it is not sent if it has not been."""
-        self._held = None
+        if self._held is not None:
+            self._held, self._answered = None, self._serial
 
     def _flush(self, patience_s: float = 0.0) -> None:
         """Send what the child takes; ``patience_s``: how long to wait for it when it takes no more at once."""
