@@ -285,6 +285,7 @@ class Planner:
             busy = self._timed(question, "cheapest", lambda: baselines.cheapest(problem), busy)
         if self._entry.exact:
             busy = self._timed(question, "marginal", lambda: marginal(problem, INCUMBENT_BUDGET_S), busy)
+        if self._entry.solver:
             busy = self._timed(question, "serving only", lambda: serving_only(problem), busy)
         busy = self._timed(question, "fair", lambda: baselines.fair(problem, INCUMBENT_BUDGET_S), busy)
         self._timed(question, "thief", lambda: baselines.thief_or_uniform(problem, INCUMBENT_BUDGET_S), busy)

@@ -29,6 +29,7 @@ from protocol.plan import Plan, Problem
 Level = Literal["low", "middle", "high"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 INFERENCE_PARTS = (0.3, 0.5, 0.7, 0.9)
+_RESERVE_S = 5e-4  # seconds per stream, kept for the plan by marginal worth
 _STEALING_S = 2.5e-5  # seconds per pair of streams that all thefts take at the least
 
 
@@ -159,7 +160,7 @@ def none(problem: Problem, budget_s: float) -> Plan:
     # Its bound holds for plans without retraining only, so it is no bound on this problem.
     detail = ""
     try:
-        plan = milp(without, budget_s)
+        plan = milp(without, budget_s - _RESERVE_S * len(problem.streams))
     except PlanError as error:
         plan = serving_only(without)
         detail = f"milp: {error}; this is by marginal worth"

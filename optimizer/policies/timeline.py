@@ -29,6 +29,7 @@ from optimizer.policies.timeline_bound import (
     dual_of_many,
     opening_grid,
     opening_prices,
+    polished,
     refined,
     solve_dual,
 )
@@ -271,7 +272,7 @@ class _Solving:
         seed, idle, turn = self.seed, 0, 0
         steps = STEPS_PER_STREAM * count
         own_bound = not self.given_up
-        refinable = count <= FINE_STREAMS
+        refinable, polishable = count <= FINE_STREAMS, FEW_STREAMS < count <= MANY_STREAMS
         while idle < (PATIENCE if count > EXHAUSTIVE_STREAMS else 2) and time.monotonic() < self.deadline:
             goal = dual.bound * (1.0 - self.target_gap)
             search = Search(layout, promising_trainings(layout, dual, dual.bound - best.total + 1e-9), seed)
@@ -286,6 +287,14 @@ class _Solving:
             idle = 0 if search.best.total > best.total + 1e-9 else idle + 1
             if search.best.total > best.total:
                 best = search.best
+            if polishable and best.total < goal:
+                dual = polished(
+                    dual, layout.t.model, time.monotonic() + 0.4 * max(0.0, self.deadline - time.monotonic())
+                )
+                polishable = False
+                if own_bound:
+                    self.bound = dual.bound
+                goal = dual.bound * (1.0 - self.target_gap)
             if refinable and goal * (1.0 - self.target_gap) <= best.total < goal:
                 dual = refined(dual, best.total, time.monotonic() + 0.3 * max(0.0, self.deadline - time.monotonic()))
                 refinable = False

@@ -36,6 +36,7 @@ class _Here:
         self.kernel: Any = None
         self.loading: threading.Thread | None = None
         self.compiling = False
+        self.compiler: subprocess.Popen[bytes] | None = None  # kept, so that nobody misses it before its end
 
     def load(self) -> None:
         self.kernel = importlib.import_module(KERNELS).anneal
@@ -75,6 +76,9 @@ def wait_compiled(timeout_s: float) -> bool:
         if time.monotonic() > end_s:
             return False
         time.sleep(LOOK_S)
+    if _here.compiler is not None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _here.compiler.wait(max(LOOK_S, end_s - time.monotonic()))
     return True
 
 
@@ -95,7 +99,7 @@ def start_compiling() -> None:
         _here.compiling = True
     null = subprocess.DEVNULL
     with contextlib.suppress(OSError):
-        subprocess.Popen(
+        _here.compiler = subprocess.Popen(
             [sys.executable, "-m", "optimizer.policies.timeline_cache"],
             stdin=null,
             stdout=null,
