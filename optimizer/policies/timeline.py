@@ -343,6 +343,14 @@ class _Solving:
                 dual = finer
                 if own_bound:
                     self.bound = dual.bound
+            elif FEW_STREAMS < count <= MANY_STREAMS and refinements < REFINEMENTS and gap > self.target_gap:
+                finer = polished(
+                    dual, layout.t.model, time.monotonic() + 0.4 * max(0.0, self.deadline - time.monotonic())
+                )
+                refinements = refinements + 1 if finer.bound < dual.bound else REFINEMENTS
+                dual = finer
+                if own_bound:
+                    self.bound = dual.bound
             wanted = promising_trainings(layout, dual, dual.bound - value + 1e-9)
             for one in (pool, other):
                 if one is not None:
