@@ -288,9 +288,8 @@ class _Solving:
             if search.best.total > best.total:
                 best = search.best
             if polishable and best.total < goal:
-                dual = polished(
-                    dual, layout.t.model, time.monotonic() + 0.4 * max(0.0, self.deadline - time.monotonic())
-                )
+                later = time.monotonic() + 0.4 * max(0.0, self.deadline - time.monotonic())
+                dual = polished(dual, layout.t.model, best.total, later)
                 polishable = False
                 if own_bound:
                     self.bound = dual.bound
@@ -344,9 +343,8 @@ class _Solving:
                 if own_bound:
                     self.bound = dual.bound
             elif FEW_STREAMS < count <= MANY_STREAMS and refinements < REFINEMENTS and gap > self.target_gap:
-                finer = polished(
-                    dual, layout.t.model, time.monotonic() + 0.4 * max(0.0, self.deadline - time.monotonic())
-                )
+                later = time.monotonic() + 0.4 * max(0.0, self.deadline - time.monotonic())
+                finer = polished(dual, layout.t.model, value, later)
                 refinements = refinements + 1 if finer.bound < dual.bound else REFINEMENTS
                 dual = finer
                 if own_bound:

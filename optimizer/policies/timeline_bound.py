@@ -68,7 +68,27 @@ def opening_prices(pricer: Pricer) -> Floats:
     middle = 0.5 * (pricer.grid_s[1:] + pricer.grid_s[:-1]) / pricer.grid_s[-1]
     for speed, one in zip(speeds, model.classes, strict=True):
         prices[share_row(model, one.first_item)] = worth * speed / (gpus * pricer.grid_s[-1]) * 0.6 * (1.0 - middle)
+    if (model.mode_turn >= 0).any():
+        _price_turns(pricer, prices)
     return prices
+
+
+def _price_turns(pricer: Pricer, prices: Floats) -> None:
+    """Opening prices of the turns of links, in place: what a turn is worth to the first who has none of the link's.
+
+    With gains that fall alike from turn to turn these are the prices at which as many want a turn as there are.
+    """
+    model = pricer.model
+    stream = model.case_stream[model.mode_case]
+    none, worth, _, _ = pricer.mode_worths(prices)
+    local = none.copy()
+    on_gpu = model.mode_turn < 0
+    np.maximum.at(local, stream[on_gpu], worth[on_gpu])
+    rows = np.unique(model.mode_turn[~on_gpu])
+    for row in rows:
+        gains = np.sort((worth - local[stream])[model.mode_turn == row])[::-1]
+        if len(gains) > len(rows):
+            prices[model.first_once + row, 0] = max(0.0, float(gains[len(rows)])) / model.problem.window_s
 
 
 def share_row(model: Model, first_item: int) -> int:
@@ -94,7 +114,7 @@ def descend(
 ) -> tuple[float, Floats, int, tuple[Floats, ...]]:
     """Subgradient steps of Polyak's length from ``prices``: (best bound, its prices, steps made, last prices)."""
     best, best_prices, stalled, length = np.inf, prices, 0, 1.0
-    scale = pricer.model.capacities[:, None]  # rows may be GPUs or bytes
+    scale = pricer.scale[:, None]  # rows may be GPUs or bytes
     direction: Floats | None = None
     done = 0
     trail: deque[Floats] = deque(maxlen=TRAIL)
@@ -272,10 +292,14 @@ def refined(dual: Dual, incumbent: float, deadline: float) -> Dual:
     return Dual(bound, prices, pricer, priced, priced.mode, priced.start_s, dual.iterations + made, trail)
 
 
-def polished(dual: Dual, model: Model, deadline: float) -> Dual:
-    """``dual`` of many streams after further steps, proven on all modes of ``model``; never a worse bound."""
+def polished(dual: Dual, model: Model, incumbent: float, deadline: float) -> Dual:
+    """``dual`` of many streams after further steps, proven on all modes of ``model``; never a worse bound.
+
+    ``incumbent``: value of a plan at hand; steps aim at half-way between it and the bound.
+    """
+    aim = max(FINE.aim, 0.5 * (dual.bound - incumbent) / dual.bound)
     latest = time.monotonic() + 0.6 * max(0.0, deadline - time.monotonic())
-    _, prices, made, trail = descend(dual.pricer, dual.prices, latest, POLISHING_AGAIN, FINE)
+    _, prices, made, trail = descend(dual.pricer, dual.prices, latest, POLISHING_AGAIN, replace(FINE, aim=aim))
     if time.monotonic() > deadline:
         return dual
     bound = exact_bound(model, dual.pricer.grid_s, prices)

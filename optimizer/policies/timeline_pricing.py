@@ -71,6 +71,7 @@ class Pricer:
         self.row_s[model.first_once :, 0] = window_s
         self.capacity_s = model.capacities[:, None] * self.row_s
         self.capacity_s[model.first_once :, 1:] = 0.0
+        self.scale = self._scale()
         each = model.weight / model.own_s
         self._rate_now = (each * model.accuracy_now)[:, None] * model.option_q  # V x L
         case_v = model.case_stream
@@ -93,6 +94,25 @@ class Pricer:
         )
         self.swap_per_case = self.with_memory and bool((model.case_swap_bytes > 0).any())
         self._prepare_modes(memory_rows)
+
+    def _scale(self) -> Floats:
+        """What usage of a row is measured by: its capacity, or, of what is spent once, the most that could be wanted.
+
+        Many streams want the same turn of a link at once; measured by its capacity of one, these rows would outweigh
+        all others in a step.
+        """
+        model = self.model
+        scale = model.capacities.copy()
+        if model.first_once == model.num_rows:
+            return scale
+        most = np.zeros(model.num_streams)
+        np.maximum.at(most, model.case_stream, model.case_labels)
+        if most.any():
+            scale[model.first_once] = max(1.0, float(most.sum()))
+        taken = model.mode_turn >= 0
+        users = np.bincount(model.mode_turn[taken], minlength=model.num_rows - model.first_once)
+        scale[model.first_once :] = np.maximum(scale[model.first_once :], users)
+        return scale
 
     def _prepare_modes(self, memory_rows: Ints) -> None:
         """Grid positions of the starts and ends that can be best; they do not depend on the prices."""
@@ -284,7 +304,7 @@ class Pricer:
     def price(self, prices: Floats) -> Priced:
         """The best schedule of every stream and the bound."""
         model = self.model
-        worth_none, worth, start_s, end_s = self._mode_worths(prices)
+        worth_none, worth, start_s, end_s = self.mode_worths(prices)
         count = model.num_streams
         best, chosen = worth_none.copy(), np.full(count, -1, dtype=np.int64)
         starts, ends = np.zeros(count), np.zeros(count)
@@ -305,7 +325,7 @@ class Pricer:
     def reduced_costs(self, prices: Floats, priced: Priced) -> Floats:
         """What every case loses, at its best start and share, against its stream's best schedule; shape (J)."""
         model = self.model
-        worth_none, worth, _, _ = self._mode_worths(prices)
+        worth_none, worth, _, _ = self.mode_worths(prices)
         best = np.full(len(model.case_stream), -np.inf)
         best[model.case_gamma < 0] = worth_none
         np.maximum.at(best, model.mode_case, worth)
@@ -313,11 +333,11 @@ class Pricer:
 
     def mode_losses(self, prices: Floats, priced: Priced) -> tuple[Floats, Floats]:
         """What "none" (V) and every mode (M) loses against its stream's best schedule, each at its best start."""
-        worth_none, worth, _, _ = self._mode_worths(prices)
+        worth_none, worth, _, _ = self.mode_worths(prices)
         streams = self._mode_stream
         return np.asarray(priced.worth - worth_none), np.asarray(priced.worth[streams] - worth)
 
-    def _mode_worths(self, prices: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    def mode_worths(self, prices: Floats) -> tuple[Floats, Floats, Floats, Floats]:
         """Worth of "none" per stream; worth, start and end of every mode at its best start."""
         model = self.model
         value, slope = self.swap_values(prices)
