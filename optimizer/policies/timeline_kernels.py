@@ -2,10 +2,9 @@
 
 Letters: v, w stream, x GPU, i retraining, k inference choice (ascending in quanta), j step of the concave envelope of
 the choices, e interval between two events. Events: end of the retraining of w (w), its start (V + w), and, where there
-are such, the end of its own window (2 V + w); ``times`` has the moments of all of them. Pooled worth lets inference
-change at the end of an own window. Packed worth does not: that end is no event that a step could wait for, so a stream
-counts with the part of the interval before it. Queues from number ``num_gpus``
-on are those of links to a cloud: their retrainings take no share and begin with the plan.
+are such, the end of its own window (2 V + w); ``times`` has the moments of all of them. The end of an own window is no
+event that a step could wait for: the stream counts with the part of the interval before it. Queues from number
+``num_gpus`` on are those of links to a cloud: their retrainings take no share and begin with the plan.
 """
 
 from __future__ import annotations
@@ -143,31 +142,46 @@ def pooled(
     """
     count, depth = len(which), step_quanta.shape[1]
     total, used, earned, moment = 0.0, 0.0, 0.0, 0.0
-    mark, interval, position = NUM_BUCKETS - 1, 0, 0
+    mark, interval, position, since = NUM_BUCKETS - 1, 0, 0, 0
+    own_windows = len(order) > 2 * count
     while moment < window_s:
-        opens = moment == 0.0
-        while position < len(order):
-            event = order[position]
-            if times[event] > moment:
-                break
-            position += 1
-            opens = opens or event < 2 * count
-            if event >= 2 * count:  # what its stream is served with is worth nothing any more
-                w = event - 2 * count
-                swapped = times[w] <= moment
-                i = which[w]
-                base -= base_after[w, i] if swapped else base_now[w]
+        opens, upto = moment == 0.0, position
+        while upto < len(order) and times[order[upto]] <= moment:
+            opens = opens or order[upto] < 2 * count
+            upto += 1
+        # What a stream is served with is worth nothing after its own window, but holds its share until the next event.
+        for x in range(position, upto if own_windows else position):
+            w = order[x] - 2 * count
+            if w < 0:
+                continue
+            i, swapped = which[w], times[w] <= moment
+            base -= base_after[w, i] if swapped else base_now[w]
+            for j in range(depth):
+                if step_quanta[w, j] == 0:
+                    break
+                old = bucket_after[w, i, j] if swapped else bucket_now[w, j]
+                gain = gain_after[w, i, j] if swapped else gain_now[w, j]
+                gains[old] -= gain
+                if old > mark:
+                    earned -= gain
+        if opens and own_windows:
+            for x in range(since, upto):
+                w = order[x] - 2 * count
+                if w < 0:
+                    continue
                 for j in range(depth):
                     quanta = step_quanta[w, j]
                     if quanta == 0:
                         break
-                    old = bucket_after[w, i, j] if swapped else bucket_now[w, j]
-                    gain = gain_after[w, i, j] if swapped else gain_now[w, j]
+                    old = bucket_after[w, which[w], j] if times[w] <= moment else bucket_now[w, j]
                     sizes[old] -= quanta
-                    gains[old] -= gain
                     if old > mark:
                         used -= quanta
-                        earned -= gain
+            since = upto
+        while position < upto:
+            event = order[position]
+            position += 1
+            if event >= 2 * count:
                 continue
             w = event if event < count else event - count
             if event >= count:
