@@ -138,7 +138,7 @@ class Camera:
             fps=FPS,
             label_fps=LABEL_FPS,
             crop_px=32,
-            exemplars_per_class=12,
+            exemplar_mb=0.23,
             golden=OracleGolden(seconds_per_frame=0.0, error_rate=0.02),
         )
         self.events = drift

@@ -63,7 +63,7 @@ def stream_spec(name: str) -> StreamSpec:
             fps=24.0,
             label_fps=2.0,
             crop_px=32,
-            exemplars_per_class=12,
+            exemplar_mb=0.23,
             golden=OracleGolden(seconds_per_frame=0.0, error_rate=0.02),
         )
     site = load_site(ROOT.parent / "examples" / "street.toml")

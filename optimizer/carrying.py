@@ -8,6 +8,7 @@ from optimizer import moving, questions
 from optimizer.following import ended_in, planned_shares, retraining, served
 from optimizer.retrain_jobs import new_job
 from optimizer.state import ExecutorState, Leaving, Retraining, RunningRetrain, SiteState, StreamState
+from optimizer.zoo import find
 from protocol.schema import StreamSpec
 
 # A stream that moves to another GPU is served at the old place for at most so long. Starting at the new one takes a
@@ -97,9 +98,13 @@ class Carrier:
             return
         if wish.executor_id not in self._executors or stream.dataset is None:
             return
+        earlier = find(self._state.zoo, wish.config.base) if wish.config.base else None
+        if wish.config.base and earlier is None:
+            return  # the model that it would begin from is gone; the next plan knows
         stream.retrain_id = wish.retrain_id
         spec = self._specs[stream.stream_id]
-        job = new_job("retrain", stream, spec, self._state.window, wish.config, wish.share)
+        start = earlier.checkpoint if earlier is not None else None
+        job = new_job("retrain", stream, spec, self._state.window, wish.config, wish.share, start)
         stream.running = RunningRetrain(
             job=job,
             executor_id=wish.executor_id,

@@ -155,6 +155,17 @@ class CorrectionConfig(Record, frozen=True, kw_only=True):
     tell_seconds: Annotated[float, msgspec.Meta(gt=0.0)] = 0.2
 
 
+class ZooConfig(Record, frozen=True, kw_only=True):
+    """Earlier models that are kept for when their conditions come back (optimizer/zoo.py).
+
+    ``max_mb``: what they may take on disk besides the models that serve, in megabytes (10^6 bytes); 0 = no zoo, and no
+    model is ever deleted. ``evaluate``: how many of them look at a stream's new labels in a window.
+    """
+
+    max_mb: Annotated[float, msgspec.Meta(ge=0.0, le=1e7)] = 100.0
+    evaluate: PositiveInt = 4
+
+
 class SiteConfig(Record, frozen=True, kw_only=True):
     """A site: its streams, the configurations to choose from, and how its windows are planned.
 
@@ -190,6 +201,7 @@ class SiteConfig(Record, frozen=True, kw_only=True):
     correction: CorrectionConfig = CorrectionConfig()
     drift: DriftConfig = DriftConfig()
     labels: LabelsConfig = LabelsConfig()
+    zoo: ZooConfig = ZooConfig()
 
 
 def load_site(path: Path) -> SiteConfig:
@@ -279,6 +291,11 @@ def _check(site: SiteConfig, origin: str) -> None:
     unique("streams.stream_id", [s.stream_id for s in site.streams])
     unique("inference.config_id", [c.config_id for c in site.inference])
     unique("retrain.config_id", [c.config_id for c in site.retrain])
+    for retrain in site.retrain:
+        if retrain.epochs < 1:
+            raise ConfigError(f"{origin}: retrain {retrain.config_id!r}: epochs must be at least 1")
+        if retrain.base:
+            raise ConfigError(f"{origin}: retrain {retrain.config_id!r}: base is set by the system; leave it out")
     for stream in site.streams:
         where = f"{origin}: stream {stream.stream_id!r}"
         if len(set(stream.classes)) < len(stream.classes):

@@ -27,6 +27,7 @@ from optimizer.dispatching import Dispatcher
 from optimizer.drifts import Drifts
 from optimizer.emitter import Emitter
 from optimizer.following import serving_job_id
+from optimizer.keeping import ZooKeeper
 from optimizer.labels import Labels
 from optimizer.pipeline import Pipeline
 from optimizer.ports import (
@@ -81,7 +82,8 @@ class Coordinator:
         self._adopt_until_s = adopt_until_s
         self._emit = Emitter()
         self._labels = Labels(site, state, self._specs, self._emit)
-        self._pipeline = Pipeline(site, profiler, state, self._specs, self._labels)
+        self._keeper = ZooKeeper(site, state, self._specs, self._emit)
+        self._pipeline = Pipeline(site, profiler, state, self._specs, self._labels, self._keeper)
         self._asker = Asker(site, state, self.executors, self._emit, tuple(links))
         self._profiling = Profiling(
             site, state, self._specs, self.executors, self._pipeline, self._asker, self._emit, num_windows
@@ -138,6 +140,7 @@ class Coordinator:
             for reason in questions.notice_late(self.state, self.executors, now):
                 self._asker.want(reason)
         self._advance(now)
+        self._keeper.advance()
         if not self._adopting and not self._over:
             if self.state.phase in WINDOW_PHASES:
                 self._watcher.advance(now)
@@ -486,6 +489,7 @@ class Coordinator:
         state = self.state
         self._closer.window_over(state, now)
         self._drifts.window_over()
+        self._keeper.window_over()
         if self._num_windows is not None and state.window + 1 >= self._num_windows:
             self._watcher.conclude(now)
             self._labels.close()

@@ -18,6 +18,7 @@ from optimizer.config import CorrectionConfig
 from optimizer.emitter import Emitter
 from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
 from protocol.events import RetrainCorrected, RetrainProgress
+from protocol.plan import StreamProfile
 from protocol.schema import EpochResult, Record
 
 # Accuracy rises like 1 - exp(-k / tau) with tau this part of all epochs: what the planner's estimate, which is about
@@ -151,6 +152,16 @@ def _is_flat(epochs: tuple[EpochResult, ...], num_epochs: int) -> bool:
     return max(e.accuracy for e in epochs[-last:]) - before <= _FLAT_GAIN
 
 
+def _began_at(running: RunningRetrain, profile: StreamProfile) -> float:
+    """Accuracy of the model that training began from, which its epochs are compared with: one of the zoo, or the
+    serving one."""
+    base = running.job.config.base
+    for offer in profile.retrain if base else ():
+        if offer.config is not None and offer.config.base == base and offer.config.epochs == 0:
+            return offer.accuracy_after
+    return profile.accuracy_now
+
+
 class Corrector:
     """Listens to the epochs of running retrainings. ``settle``: a retraining is over without a result."""
 
@@ -191,13 +202,13 @@ class Corrector:
             if (stream.profile is not None)
             else None
         )
-        if stream.profile is None or profile is None:
+        if stream.profile is None or profile is None or running.job.config.epochs == 0:
             return
         found = assess(
             running.epochs,
             num_epochs=running.job.config.epochs,
             num_validation=running.job.dataset.num_validation,
-            accuracy_before=stream.profile.accuracy_now,
+            accuracy_before=_began_at(running, stream.profile),
             accuracy_after=running.accuracy_predicted,
             gpu_seconds=running.work_s,
             told_after=profile.accuracy_after,

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Mapping
 import msgspec
 
 from optimizer.config import SiteConfig
+from optimizer.keeping import ZooKeeper
 from optimizer.labels import Labels, label_span_s
 from optimizer.ports import Output, ProfilerPort, Publish, TrialWish
 from optimizer.state import ExecutorState, PipelineJob, SiteState, Stage, StreamState, Trials
@@ -56,7 +57,9 @@ class Pipeline:
         state: SiteState,
         specs: Mapping[str, StreamSpec],
         labels: Labels,
+        keeper: ZooKeeper,
     ) -> None:
+        self._keeper = keeper
         self._site = site
         self._profiler = profiler
         self._state = state
@@ -135,6 +138,7 @@ class Pipeline:
             return []
         dataset = result.dataset
         stream.dataset = dataset
+        self._keeper.labelled(stream, result)
         enough = min(dataset.num_train, dataset.num_validation) >= _LEAST_EXAMPLES[self._specs[stream.stream_id].task]
         stream.tried = stream.trials = None
         stream.first_s = work_s if self._state.origin_s is not None else 0.0
@@ -159,6 +163,8 @@ class Pipeline:
                     agreement=result.agreement,
                     agreement_low=result.agreement_low,
                     agreement_high=result.agreement_high,
+                    num_exemplars=result.num_exemplars,
+                    exemplar_bytes=result.exemplar_bytes,
                 )
             )
         ]
@@ -170,6 +176,8 @@ class Pipeline:
         if stream is None or stream.dataset is None:
             return []
         spec, stage, seconds = self._specs[stream.stream_id], stream.stage, result.seconds
+        if stream.tried is None:
+            self._keeper.tried(stream, stream.dataset, result)
         # In several jobs beside a plan, as one: what the profiler learns from is a window's trials together.
         stream.tried = result = _together(stream.tried, result)
         profile = self._profiler.estimate(spec, result, stream.dataset)
@@ -361,6 +369,8 @@ class Pipeline:
             num_frames=num_frames,
             clip_end_s=spec.start_s + now - (state.origin_s or 0.0) if urgent else position,
             unseen=not first,
+            # Earlier models are looked at once, by the first of a window's jobs.
+            zoo=() if first or stream.tried is not None else self._keeper.for_trial(stream),
         )
 
     def _wish(self, stream: StreamState, window: int) -> TrialWish:
@@ -388,5 +398,6 @@ def _together(before: TrialResult | None, result: TrialResult) -> TrialResult:
         result,
         retrain=(*(row for row in before.retrain if row.config not in tried), *result.retrain),
         inference=(*(row for row in before.inference if row.config not in measured), *result.inference),
+        zoo=result.zoo or before.zoo,
         seconds=before.seconds + result.seconds,
     )

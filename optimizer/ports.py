@@ -122,6 +122,12 @@ class Save(Record, frozen=True, kw_only=True):
     """The state changed in a way that must survive a restart."""
 
 
+class Tidy(Record, frozen=True, kw_only=True):
+    """Only these models, by their paths below the store, are still of use: what was left out twice in a row can go."""
+
+    in_use: frozenset[str]
+
+
 class Finish(Record, frozen=True, kw_only=True):
     """The run is over."""
 
@@ -129,7 +135,7 @@ class Finish(Record, frozen=True, kw_only=True):
     reason: str
 
 
-Output = Send | Publish | Solve | CloudQueue | Save | Finish
+Output = Send | Publish | Solve | CloudQueue | Save | Tidy | Finish
 
 # ---------------------------------------------------------------- profiler
 

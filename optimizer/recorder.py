@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import IO
 
@@ -42,6 +43,7 @@ class RunFolder:
             self._lock.close()
             raise InputError(f"--out {path}: another optimizer is using it; stop that one or choose another") from None
         self._events: IO[bytes] | None = None
+        self._unused: set[str] = set()
 
     @property
     def store(self) -> Path:
@@ -106,6 +108,25 @@ class RunFolder:
         except (msgspec.MsgspecError, UnicodeDecodeError, OSError) as error:
             log.warning("%s", line("state_unreadable", path=target, reason=error))
             return None
+
+    def tidy(self, in_use: Collection[str]) -> None:
+        """Delete the models that were not ``in_use`` (paths below the store) the last time either.
+
+        An executor may be about to leave a model that went out of use a moment ago. One that cannot be deleted costs
+        room, nothing else.
+        """
+        unused = {
+            path.relative_to(self.store).as_posix() for path in (self.store / "checkpoints").rglob("*.safetensors")
+        } - set(in_use)
+        for relative in sorted(unused & self._unused):
+            path = self.store / relative
+            try:
+                # The manifest commits a checkpoint: it goes first.
+                path.with_suffix(".json").unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                log.warning("%s", line("checkpoint_not_deleted", path=path, reason=error.strerror))
+        self._unused = unused
 
     # ------------------------------------------------------------ problems and plans
 

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from optimizer.state import StreamState
 from protocol.messages import RetrainJob
-from protocol.schema import RetrainConfig, StreamSpec
+from protocol.schema import CheckpointRef, RetrainConfig, StreamSpec
 
 
 def new_job(
-    kind: str, stream: StreamState, spec: StreamSpec, window: int, config: RetrainConfig, share: float
+    kind: str,
+    stream: StreamState,
+    spec: StreamSpec,
+    window: int,
+    config: RetrainConfig,
+    share: float,
+    start: CheckpointRef | None = None,
 ) -> RetrainJob:
-    """The job of a retraining that begins now; takes the stream's next model version. The stream has a data set."""
+    """The job of a retraining that begins now; takes the stream's next model version. The stream has a data set.
+
+    ``start``: the model of the zoo that ``config`` begins from.
+    """
     assert stream.dataset is not None
     version, stream.next_version = stream.next_version, stream.next_version + 1
     return RetrainJob(
@@ -23,4 +32,5 @@ def new_job(
         config=config,
         next_version=version,
         seed=window,
+        start=start,
     )

@@ -34,9 +34,11 @@ from optimizer.ports import (
     Solve,
     Solved,
     Tick,
+    Tidy,
 )
 from optimizer.recorder import RunFolder
 from optimizer.state import SiteState, StreamState
+from optimizer.zoo import in_new_run
 from protocol import messages as m
 from protocol.errors import PlanError, ProtocolError
 from protocol.events import RetrainProgress, StreamAccuracy, TelemetryEvent, WorkerChanged
@@ -267,6 +269,8 @@ class Service:
                     self._planner.start(problem, self.coordinator.state.plan)
                     # The solver is at work while the file is written.
                     self._folder.save_problem(problem, window, self._solved_count, phase)
+                case Tidy(in_use=in_use):
+                    self._folder.tidy(in_use)
                 case Finish():
                     self._exit = output
                 case Save():
@@ -328,11 +332,18 @@ def _restore(state: SiteState | None, site: SiteConfig) -> tuple[SiteState, bool
         # A new run of the same site: models and labels are kept, everything else begins anew.
         streams = {
             key: StreamState(
-                stream_id=key, checkpoint=s.checkpoint, next_version=s.next_version, dataset=s.dataset, stage="label"
+                stream_id=key,
+                checkpoint=s.checkpoint,
+                next_version=s.next_version,
+                dataset=s.dataset,
+                stage="label",
+                conditions={window - state.window - 1: seen for window, seen in s.conditions.items()},
+                kept_sha256=s.kept_sha256,
             )
             for key, s in state.streams.items()
         }
-        return SiteState(site=site.name, term=state.term + 1, streams=streams), False
+        earlier = in_new_run(state.zoo, state.window + 1)
+        return SiteState(site=site.name, term=state.term + 1, streams=streams, zoo=earlier), False
     return msgspec.structs.replace(state, term=state.term + 1), True
 
 

@@ -13,12 +13,14 @@ from protocol.messages import CanaryJob, LabelJob, RetrainJob, TrialJob, WorkerS
 from protocol.plan import Plan, PlanVersion, StreamProfile
 from protocol.schema import (
     CheckpointRef,
+    Conditions,
     DatasetRef,
     EpochResult,
     GpuSpec,
     InferenceConfig,
     PairedCounts,
     RetrainConfig,
+    Task,
     TrialResult,
 )
 
@@ -164,6 +166,45 @@ class LabelSpend(msgspec.Struct, kw_only=True):
         return self.labels_s + self.trials_s + self.canary_s
 
 
+class ZooModel(msgspec.Struct, kw_only=True):
+    """An earlier model, made for ``stream_id``; what it was worth, and where, is in the situations.
+
+    ``window``: in which it began to serve, ``last_used``: in which it last did; ``dataset_window``: of the labels that
+    it was trained on; ``accuracy``: what was then expected of it. ``confidence``: its belief in its own answers when
+    it last looked at labels.
+    """
+
+    number: int
+    stream_id: str
+    checkpoint: CheckpointRef
+    task: Task
+    classes: tuple[str, ...]
+    architecture: str
+    picture_px: int
+    window: int
+    dataset_window: int
+    accuracy: float | None = None
+    confidence: float | None = None
+    last_used: int = 0
+
+
+class Situation(msgspec.Struct, kw_only=True):
+    """A labelled stretch of a stream; ``accuracies`` of models there, by their numbers in the zoo."""
+
+    stream_id: str
+    window: int
+    conditions: Conditions
+    accuracies: dict[int, float]
+
+
+class ZooState(msgspec.Struct, kw_only=True):
+    """Earlier models of all streams, and where they were measured."""
+
+    models: list[ZooModel] = []
+    situations: list[Situation] = []
+    last_number: int = 0
+
+
 class StreamState(msgspec.Struct, kw_only=True):
     """One stream. ``stage``: how far its profiling is. ``profile``: this window's estimates.
 
@@ -186,6 +227,7 @@ class StreamState(msgspec.Struct, kw_only=True):
     ``demands``: (share needed, part of the frames dropped) of the last reports per inference
     configuration (``demands.py``); ``demand_planned``: what the plan in force reckons with; ``demand_reports`` have
     come since the stream is served with configuration ``demand_of``.
+    ``conditions``: of its newest data sets, by their window; ``kept_sha256``: the model that the zoo last took note of.
     """
 
     stream_id: str
@@ -227,6 +269,8 @@ class StreamState(msgspec.Struct, kw_only=True):
     demand_planned: dict[str, float] = {}
     demand_of: str = ""
     demand_reports: int = 0
+    conditions: dict[int, Conditions] = {}
+    kept_sha256: str = ""
 
     @property
     def awaits_trial(self) -> bool:
@@ -270,6 +314,7 @@ class SiteState(msgspec.Struct, kw_only=True):
     change_costs_s: list[float] = []
     label_spend: LabelSpend = msgspec.field(default_factory=LabelSpend)
     shed: list[str] = []
+    zoo: ZooState = msgspec.field(default_factory=ZooState)
     clock_s: float = 0.0
     clock_wall_s: float = 0.0
 

@@ -98,7 +98,7 @@ class WatchState:
             case WorkerChanged():
                 self._worker(event)
             case RetrainProgress():
-                done = min(1.0, event.epoch.epoch / event.config.epochs)
+                done = min(1.0, event.epoch.epoch / max(1, event.config.epochs))
                 text = (
                     f"{event.config.config_id} {event.epoch.epoch}/{event.config.epochs} acc {event.epoch.accuracy:.2f}"
                 )

@@ -122,9 +122,12 @@ def cost_ratio(
 def reached_accuracy(outcome: Outcome) -> float | None:
     """Held-out accuracy that the retraining was worth; None when it says nothing about the configuration.
 
-    A retraining cut short tells nothing; one that diverged was worth what served before it.
+    A retraining cut short tells nothing, and one that began from a model of the zoo nothing about those that begin from
+    the serving one; one that diverged was worth what served before it.
     """
     result = outcome.result
+    if result.config.base > 0:
+        return None
     if any(diverged(epoch.loss) for epoch in result.epochs):
         return result.accuracy_before
     if result.checkpoint is None or not _all_epochs_done(outcome):
@@ -138,8 +141,8 @@ def _all_epochs_done(outcome: Outcome) -> bool:
 
 def _base_seconds(window: WindowHistory, outcome: Outcome, costs: Mapping[GroupKey, CostModel]) -> float | None:
     estimate, config = window.estimate, outcome.result.config
-    if estimate is None:
-        return None
+    if estimate is None or config.epochs < 1:
+        return None  # a model that was taken over as it is tells nothing of what training costs
     cost = costs.get(group_key(config))
     if cost is not None and estimate.num_train > 0:
         return cost.gpu_seconds(config, estimate.num_train)

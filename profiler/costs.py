@@ -118,7 +118,8 @@ def cost_of_retraining(result: RetrainResult, num_train: int, prepare_s_per_samp
     """
     trained = [e.busy_s for e in result.epochs if e.epoch > 0]
     num_samples = round(result.config.data_fraction * num_train)
-    if len(trained) < min(_LEAST_EPOCHS, result.config.epochs) or num_samples < 1 or result.checkpoint is None:
+    too_few = not trained or len(trained) < min(_LEAST_EPOCHS, result.config.epochs)
+    if too_few or num_samples < 1 or result.checkpoint is None:
         return None
     epoch_s = sum(trained) / len(trained)
     first_s = sum(e.busy_s for e in result.epochs if e.epoch == 0)

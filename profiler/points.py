@@ -49,6 +49,7 @@ def window_points(stream_id: str, order: int, window: WindowHistory, *, live: bo
         )
 
     versions = {}
+    others = {o.result.checkpoint.version for o in window.outcomes if o.result.config.base and o.result.checkpoint}
     for place, outcome in enumerate(window.outcomes):
         result, reached = outcome.result, reached_accuracy(outcome)
         key, model = group_key(result.config), f"retraining-{place}"
@@ -64,7 +65,7 @@ def window_points(stream_id: str, order: int, window: WindowHistory, *, live: bo
     if live and estimate.retrain:
         default = group_key(estimate.retrain[0].config)
         for row in window.live:
-            if row.num_frames >= MIN_LIVE_FRAMES:
+            if row.num_frames >= MIN_LIVE_FRAMES and row.version not in others:
                 key, effort, model = versions.get(row.version, (default, 0.0, "serving"))
                 add(key, effort, model, "live", row.accuracy, _live_noise(row))
     return found

@@ -19,8 +19,9 @@ from profiler.records import GateRow, LiveAccuracy, Outcome, StreamHistory, Tria
 from profiler.retraining import estimate_retrain
 from profiler.shares import ShareRun, fit_share_curve
 from profiler.trials import Budget, Prospect, TrialKnobs, choose_trials, likely_drift
+from profiler.zoo import overhead_s, zoo_profiles
 from protocol.events import StreamAccuracy
-from protocol.plan import StreamProfile
+from protocol.plan import RetrainProfile, StreamProfile
 from protocol.schema import (
     DatasetRef,
     InferenceConfig,
@@ -145,16 +146,21 @@ class SiteProfiler:
 
     def estimate(self, spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:
         """The profile of a stream from this window's trials and all that is remembered; both are kept."""
+        history, site = _before(self._history.view(spec.stream_id), trial), self._site_knowledge()
         estimate = estimate_in_detail(
             spec,
             trial,
             dataset,
             self._retrain,
             self._inference,
-            _before(self._history.view(spec.stream_id), trial),
-            site=self._site_knowledge(),
+            history,
+            site=site,
             knobs=self._estimator_knobs,
         )
+        zoo: tuple[RetrainProfile, ...] = ()
+        if trial.zoo:
+            overhead = overhead_s(self._history.outcomes())
+            zoo = zoo_profiles(estimate, trial, dataset, self._retrain, history, site, overhead=overhead)
         now = self._wall_clock()
         self._history.record_trial(trial, time_s=now)
         self._history.record_estimate(estimate, time_s=now)
@@ -164,7 +170,7 @@ class SiteProfiler:
                 self._history.record_cost(group_key(row.config), "", cost, time_s=now)
                 self._site = None
         self._quality[spec.stream_id] = {r.config.config_id: r.relative_accuracy for r in estimate.inference}
-        return estimate.profile
+        return msgspec.structs.replace(estimate.profile, retrain=(*estimate.profile.retrain, *zoo))
 
     def _site_knowledge(self) -> SiteKnowledge:
         # Fitted anew when something was learned: many streams are estimated between two outcomes.

@@ -217,6 +217,21 @@ class GateDecided(Event, frozen=True, kw_only=True, tag="gate_decided"):
     reason: str
 
 
+class ZooChanged(Event, frozen=True, kw_only=True, tag="zoo_changed"):
+    """A model was kept for later, or one that is worth least was given up for room. ``number``: of the model in the
+    zoo; ``stream_id`` and ``version``: whose it was; ``accuracy``: expected when it went live. ``num_models`` and
+    ``num_bytes``: of the zoo afterwards."""
+
+    stream_id: Name
+    window: int
+    change: Literal["kept", "given_up"]
+    number: int
+    version: int
+    accuracy: float | None
+    num_models: int
+    num_bytes: Bytes
+
+
 class DriftScored(Event, frozen=True, kw_only=True, tag="drift_scored"):
     """How far a stream is from what its model was made for; ``signal`` says so. ``alarm``: sudden, just noticed."""
 
@@ -244,6 +259,8 @@ class LabelsCollected(Event, frozen=True, kw_only=True, tag="labels_collected"):
     agreement: Fraction | None = None
     agreement_low: Fraction = 0.0
     agreement_high: Fraction = 1.0
+    num_exemplars: int = 0
+    exemplar_bytes: Bytes = 0
 
 
 class LabelsSpent(Event, frozen=True, kw_only=True, tag="labels_spent"):
@@ -320,6 +337,7 @@ TelemetryEvent = (
     | RetrainFinished
     | RetrainCorrected
     | GateDecided
+    | ZooChanged
     | DriftScored
     | LabelsCollected
     | LabelsSpent

@@ -31,6 +31,7 @@ from protocol.schema import (
     StreamCondition,
     StreamSpec,
     TrialResult,
+    ZooRef,
 )
 
 PROTOCOL_VERSION = 1
@@ -82,7 +83,8 @@ class TrialJob(Record, frozen=True, kw_only=True, tag="trial"):
     """Micro-profile: each retraining configuration on ``data_share`` of the training split for ``num_epochs``;
     each inference configuration on ``num_frames`` consecutive labelled frames ending at ``clip_end_s``.
 
-    ``unseen``: the checkpoint was not trained on ``dataset``, so that all its new labels tell how good it is.
+    ``unseen``: the checkpoint was not trained on ``dataset``, so that all its new labels tell how good it is. ``zoo``:
+    earlier models to be looked at on those, before anything else.
     """
 
     job_id: str
@@ -99,10 +101,15 @@ class TrialJob(Record, frozen=True, kw_only=True, tag="trial"):
     clip_end_s: float
     unseen: bool = False
     memory_bytes: Bytes = 0
+    zoo: tuple[ZooRef, ...] = ()
 
 
 class RetrainJob(Record, frozen=True, kw_only=True, tag="retrain"):
-    """Retrain a student from ``checkpoint`` (None = from scratch) on ``dataset``; write version ``next_version``."""
+    """Retrain a student from ``checkpoint`` (None = from scratch) on ``dataset``; write version ``next_version``.
+
+    ``start``: a model of the zoo to begin from instead; ``checkpoint`` is then only what it is compared with. With no
+    epochs in ``config`` that model is taken as it is, and all new labels of ``dataset`` are held out.
+    """
 
     job_id: str
     stream: StreamSpec
@@ -114,6 +121,7 @@ class RetrainJob(Record, frozen=True, kw_only=True, tag="retrain"):
     next_version: int
     seed: int = 0
     memory_bytes: Bytes = 0
+    start: CheckpointRef | None = None
 
 
 class CanaryJob(Record, frozen=True, kw_only=True, tag="canary"):

@@ -183,8 +183,9 @@ class StreamSpec(Record, frozen=True, kw_only=True):
     """One video stream and what is wanted of it.
 
     ``start_s``: the stream's own time when the site's clock starts; the first model is trained on what lies before it.
-    ``label_fps``: frames per second that the golden model labels. ``exemplars_per_class``: fixed size
-    of the memory against forgetting. ``crop_px``: edge of the square object crops kept for training.
+    ``label_fps``: frames per second that the golden model labels. ``exemplar_mb``: what the memory against
+    forgetting may take, in megabytes (10^6 bytes) of labelled crops or frames; 0 = none. ``crop_px``: edge of the
+    square object crops kept for training.
     ``task``: what the student does: "classification" names the objects at the source's boxes, "detection" finds
     them as well. ``frame_px``: longer edge of the whole frames that a detection stream keeps for training.
     ``max_latency_s``: inference configurations whose results come later than this after their frame are not
@@ -202,7 +203,7 @@ class StreamSpec(Record, frozen=True, kw_only=True):
     min_accuracy: Fraction = 0.0
     weight: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
     label_fps: Annotated[float, msgspec.Meta(gt=0.0)] = 1.0
-    exemplars_per_class: Annotated[int, msgspec.Meta(ge=0, le=1000)] = 20
+    exemplar_mb: Annotated[float, msgspec.Meta(ge=0.0, le=10_000.0)] = 1.0
     crop_px: Annotated[int, msgspec.Meta(ge=16, le=256)] = 64
     task: Task = "classification"
     frame_px: Annotated[int, msgspec.Meta(ge=64, le=1280)] = 192
@@ -228,16 +229,19 @@ class RetrainConfig(Record, frozen=True, kw_only=True):
     """How a student is retrained.
 
     ``trained_fraction``: share of the backbone's blocks, counted from the output, that is trained
-    besides the head; 0 = head only, 1 = everything. ``head_width``: hidden units of the head, 0 = none.
+    besides the head; 0 = head only, 1 = everything. ``head_width``: hidden units of the head, 0 = none. ``base``:
+    number of the zoo's model to begin from, 0 = the serving one; with it ``epochs`` may be 0, which takes that model
+    as it is.
     """
 
     config_id: Name
-    epochs: PositiveInt
+    epochs: Count
     batch_size: PositiveInt = 32
     data_fraction: Annotated[float, msgspec.Meta(gt=0.0, le=1.0)] = 1.0
     trained_fraction: Fraction = 1.0
     head_width: Annotated[int, msgspec.Meta(ge=0, le=4096)] = 64
     learning_rate: Annotated[float, msgspec.Meta(gt=0.0, le=10.0)] = 1e-3
+    base: Count = 0
 
 
 # ---------------------------------------------------------------- devices
@@ -299,6 +303,25 @@ class DatasetRef(Record, frozen=True, kw_only=True):
     label_s_per_frame: Seconds = 0.0
 
 
+class Conditions(Record, frozen=True, kw_only=True):
+    """What a stretch of a stream looked like, told by its labelled examples themselves.
+
+    ``class_mix``: share of the labelled objects per class; ``light``: mean red, green, blue and the spread of
+    brightness, 0..1; ``layout``: the mean picture of an example at 4 x 4 pixels, row by row, RGB, 0..1.
+    """
+
+    class_mix: tuple[float, ...]
+    light: tuple[float, ...] = ()
+    layout: tuple[float, ...] = ()
+
+
+class ZooRef(Record, frozen=True, kw_only=True):
+    """An earlier model of the site's zoo, by its number there."""
+
+    number: PositiveInt
+    checkpoint: CheckpointRef
+
+
 # ---------------------------------------------------------------- results
 
 
@@ -307,7 +330,8 @@ class LabelResult(Record, frozen=True, kw_only=True, tag="labels"):
 
     ``agreement``: accuracy of the serving model on them, every frame counted for those that it stands for; None where
     nothing was served. ``agreement_low``, ``agreement_high``: its 95 % interval (Wilson), and ``num_pieces`` the
-    independent pieces of evidence that it rests on.
+    independent pieces of evidence that it rests on. ``num_exemplars`` of the data set's examples, ``exemplar_bytes`` of
+    memory, are what was carried over from earlier windows; ``conditions``: of the new ones.
     """
 
     dataset: DatasetRef
@@ -318,6 +342,9 @@ class LabelResult(Record, frozen=True, kw_only=True, tag="labels"):
     agreement_low: Fraction = 0.0
     agreement_high: Fraction = 1.0
     num_pieces: Count = 0
+    num_exemplars: Count = 0
+    exemplar_bytes: Bytes = 0
+    conditions: Conditions | None = None
 
 
 class EpochResult(Record, frozen=True, kw_only=True):
@@ -359,6 +386,25 @@ class InferenceTrial(Record, frozen=True, kw_only=True):
     memory_bytes: Bytes = 0
 
 
+class ZooTrial(Record, frozen=True, kw_only=True):
+    """An earlier model on the window's new labels, by forward passes only; it was trained on none of them.
+
+    Where the scene changed within the labels, on those after the change only: they are what is to come. ``accuracy``,
+    ``accuracy_low``, ``accuracy_high``: mean over frames and its 95 % interval; ``accuracy_serving``: of the serving
+    model on the same labels. ``paired``: both models there, the earlier one as the new one. ``confidence``: mean of
+    its belief in what it says, None where the task has no such thing. ``busy_s``: loading and looking.
+    """
+
+    number: PositiveInt
+    accuracy: Fraction
+    accuracy_low: Fraction
+    accuracy_high: Fraction
+    accuracy_serving: Fraction
+    paired: PairedCounts
+    confidence: Fraction | None
+    busy_s: Seconds
+
+
 class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
     """All trials of one stream's profiling job.
 
@@ -377,6 +423,7 @@ class TrialResult(Record, frozen=True, kw_only=True, tag="trials"):
     accuracy_low: Fraction = 0.0
     accuracy_high: Fraction = 1.0
     golden_s: Seconds = 0.0
+    zoo: tuple[ZooTrial, ...] = ()
 
 
 class StreamSignals(Record, frozen=True, kw_only=True):

@@ -16,7 +16,7 @@ from executor.learning.inference import CropClassifier, Objects, classified_righ
 from executor.learning.models import Student, named_spec
 from executor.learning.pairing import per_road_user, road_users
 from executor.learning.stepping import Stepper
-from executor.learning.task import Task
+from executor.learning.task import Task, exemplar_bytes
 from executor.learning.training import Trainer, crop_trainer
 from executor.streams.frames import Frame
 from executor.streams.resize import cut_out
@@ -44,7 +44,7 @@ class Classification(Task[CropSet]):
         return datasets.concatenate([datasets.empty(stream.crop_px), *parts])
 
     def memory(self, previous: CropSet, stream: StreamSpec) -> CropSet:
-        return replay.exemplars(previous, stream.exemplars_per_class, stream.crop_px)
+        return replay.exemplars(previous, exemplar_bytes(stream), stream.crop_px)
 
     def subset(self, examples: CropSet, size: int, seed: int) -> CropSet:
         return training.subset(examples, size, seed)
@@ -67,6 +67,14 @@ class Classification(Task[CropSet]):
     ) -> NDArray[np.float64]:
         right = training.correctness(student, examples, device, stepper)
         return per_road_user(right, examples.frame_index, examples.boxes, examples.labels)
+
+    def assess(
+        self, student: Student, examples: CropSet, device: Device, stepper: Stepper | None = None
+    ) -> tuple[float, NDArray[np.float64], float | None]:
+        """All three from one look at the crops."""
+        right, belief = training.correctness_and_belief(student, examples, device, stepper)
+        points = per_road_user(right, examples.frame_index, examples.boxes, examples.labels)
+        return datasets.frame_mean(right, examples.frame_index, examples.weight), points, belief
 
     def num_pieces(self, examples: CropSet) -> int:
         return len(np.unique(road_users(examples.frame_index, examples.boxes, examples.labels)))

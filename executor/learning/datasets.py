@@ -29,12 +29,15 @@ class Examples(Protocol):
 
     ``frame_index`` int64 (N,); ``is_validation`` and ``is_exemplar`` bool (N,). Exemplars always train. ``weight``
     float32 (N,): how many frames of the labelled stretch the one that it came from stands for, up to a factor.
+    ``stretch`` int64 (N,): first frame of the stretch in which it was labelled, which tells conditions apart.
     """
 
     @property
     def frame_index(self) -> NDArray[np.int64]: ...
     @property
     def weight(self) -> NDArray[np.float32]: ...
+    @property
+    def stretch(self) -> NDArray[np.int64]: ...
     @property
     def is_validation(self) -> NDArray[np.bool_]: ...
     @property
@@ -49,6 +52,11 @@ class Examples(Protocol):
         """The held-out split."""
         ...
 
+    @property
+    def pictures(self) -> NDArray[np.uint8]:
+        """The examples as pictures, (N, h, w, 3)."""
+        ...
+
     def __len__(self) -> int: ...
     def take(self, mask: NDArray[np.bool_] | NDArray[np.int64]) -> Self:
         """The examples that a mask or an index array picks."""
@@ -60,6 +68,10 @@ class Examples(Protocol):
 
     def weighted(self, weight: NDArray[np.float32]) -> Self:
         """The same examples with these weights (N,)."""
+        ...
+
+    def labelled_in(self, stretch: int) -> Self:
+        """The same examples, all of them labelled in this stretch."""
         ...
 
     def class_counts(self, num_classes: int) -> tuple[int, ...]:
@@ -83,7 +95,8 @@ E = TypeVar("E", bound=Examples)
 class CropSet:
     """N labelled crops. ``crops`` uint8 (N, px, px, 3), ``labels`` int64 (N,) indices into the stream's classes,
     ``frame_index`` int64 (N,), ``is_validation`` and ``is_exemplar`` bool (N,). Exemplars always train. ``boxes``
-    float32 (N, 4): where in the frame each was, NaN where that is not known. ``weight`` float32 (N,): see Examples."""
+    float32 (N, 4): where in the frame each was, NaN where that is not known. ``weight`` float32 (N,) and ``stretch``
+    int64 (N,), 0 where that is not known: see Examples."""
 
     crops: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -92,8 +105,11 @@ class CropSet:
     is_exemplar: NDArray[np.bool_]
     boxes: NDArray[np.float32] = field(default_factory=lambda: np.zeros((0, 4), np.float32))
     weight: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    stretch: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
+        if len(self.stretch) != len(self.labels):
+            object.__setattr__(self, "stretch", np.zeros(len(self.labels), np.int64))
         if len(self.boxes) != len(self.labels):
             object.__setattr__(self, "boxes", np.full((len(self.labels), 4), np.nan, np.float32))
         if len(self.weight) != len(self.labels):
@@ -112,6 +128,7 @@ class CropSet:
             self.is_exemplar[mask],
             self.boxes[mask],
             self.weight[mask],
+            self.stretch[mask],
         )
 
     @property
@@ -124,6 +141,11 @@ class CropSet:
         """The held-out split."""
         return self.take(self.is_validation)
 
+    @property
+    def pictures(self) -> NDArray[np.uint8]:
+        """The crops."""
+        return self.crops
+
     def split(self, held_out: NDArray[np.bool_]) -> CropSet:
         """The same crops, those of the mask for validation and the others for training."""
         return replace(self, is_validation=held_out)
@@ -131,6 +153,10 @@ class CropSet:
     def weighted(self, weight: NDArray[np.float32]) -> CropSet:
         """The same crops with these weights."""
         return replace(self, weight=weight)
+
+    def labelled_in(self, stretch: int) -> CropSet:
+        """The same crops, all of them labelled in this stretch."""
+        return replace(self, stretch=np.full(len(self), stretch, np.int64))
 
     def class_counts(self, num_classes: int) -> tuple[int, ...]:
         """Crops per class."""
@@ -146,6 +172,7 @@ class CropSet:
             "is_exemplar": self.is_exemplar.astype(np.uint8),
             "boxes": self.boxes,
             "weight": self.weight,
+            "stretch": self.stretch,
         }
 
     @classmethod
@@ -157,9 +184,10 @@ class CropSet:
             tensors["frame_index"],
             tensors["is_validation"].astype(np.bool_),
             tensors["is_exemplar"].astype(np.bool_),
-            # Files of earlier releases do not say where a crop was, nor how its frame was drawn.
+            # Files of earlier releases do not say where a crop was, how its frame was drawn, nor when it was labelled.
             tensors.get("boxes", np.zeros((0, 4), np.float32)),
             tensors.get("weight", np.zeros(0, np.float32)),
+            tensors.get("stretch", np.zeros(0, np.int64)),
         )
 
 
@@ -180,6 +208,7 @@ def concatenate(parts: list[CropSet]) -> CropSet:
         np.concatenate([part.is_exemplar for part in parts]),
         np.concatenate([part.boxes for part in parts]),
         np.concatenate([part.weight for part in parts]),
+        np.concatenate([part.stretch for part in parts]),
     )
 
 

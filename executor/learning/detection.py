@@ -19,7 +19,7 @@ from executor.learning.inference import Objects
 from executor.learning.matching import frame_f1
 from executor.learning.models import Student, named_spec
 from executor.learning.stepping import Stepper
-from executor.learning.task import Task
+from executor.learning.task import Task, exemplar_bytes
 from executor.learning.training import Trainer
 from executor.streams.frames import Frame
 from protocol.errors import InputError
@@ -46,7 +46,7 @@ class Detection(Task[FrameSet]):
         return framesets.join(parts, stream.frame_px)
 
     def memory(self, previous: FrameSet, stream: StreamSpec) -> FrameSet:
-        return framesets.exemplars(previous, stream.exemplars_per_class, stream.frame_px)
+        return framesets.exemplars(previous, exemplar_bytes(stream), stream.frame_px)
 
     def subset(self, examples: FrameSet, size: int, seed: int) -> FrameSet:
         return framesets.subset(examples, size, seed)

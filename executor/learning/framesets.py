@@ -12,9 +12,11 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from executor.learning.inference import Objects
-from executor.learning.replay import Features, herd
+from executor.learning.memory import Features, choose
 
 _EMBEDDING = (6, 8)
+# What a frame takes besides its pixels (frame, stretch, two flags, weight), and an object (box, class, its frame).
+_BYTES_BESIDE, _BYTES_OF_OBJECT = 2 * 8 + 2 + 4, 16 + 2 * 8
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class FrameSet:
     ``frames`` uint8 (N, h, w, 3), smaller ones padded with black at the right and the bottom; ``boxes`` float32 (M, 4)
     x0, y0, x1, y1 in pixels of ``frames``; ``labels`` int64 (M,) indices into the stream's classes; ``owner`` int64
     (M,) the object's frame, ascending; ``frame_index`` int64 (N,); ``is_validation`` and ``is_exemplar`` bool (N,);
-    ``weight`` float32 (N,): see executor.learning.datasets.Examples.
+    ``weight`` float32 (N,) and ``stretch`` int64 (N,), 0 where that is not known: see executor.learning.datasets.
     """
 
     frames: NDArray[np.uint8]
@@ -35,10 +37,13 @@ class FrameSet:
     is_validation: NDArray[np.bool_]
     is_exemplar: NDArray[np.bool_]
     weight: NDArray[np.float32] = field(default_factory=lambda: np.zeros(0, np.float32))
+    stretch: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     def __post_init__(self) -> None:
         if len(self.weight) != len(self.frame_index):
             object.__setattr__(self, "weight", np.ones(len(self.frame_index), np.float32))
+        if len(self.stretch) != len(self.frame_index):
+            object.__setattr__(self, "stretch", np.zeros(len(self.frame_index), np.int64))
 
     def __len__(self) -> int:
         return len(self.frame_index)
@@ -59,6 +64,7 @@ class FrameSet:
             self.is_validation[picked],
             self.is_exemplar[picked],
             self.weight[picked],
+            self.stretch[picked],
         )
 
     @property
@@ -71,6 +77,11 @@ class FrameSet:
         """The held-out split."""
         return self.take(self.is_validation)
 
+    @property
+    def pictures(self) -> NDArray[np.uint8]:
+        """The frames."""
+        return self.frames
+
     def split(self, held_out: NDArray[np.bool_]) -> FrameSet:
         """The same frames, those of the mask for validation and the others for training."""
         return replace(self, is_validation=held_out)
@@ -78,6 +89,10 @@ class FrameSet:
     def weighted(self, weight: NDArray[np.float32]) -> FrameSet:
         """The same frames with these weights."""
         return replace(self, weight=weight)
+
+    def labelled_in(self, stretch: int) -> FrameSet:
+        """The same frames, all of them labelled in this stretch."""
+        return replace(self, stretch=np.full(len(self), stretch, np.int64))
 
     def objects(self, number: int) -> Objects:
         """The true objects of a frame."""
@@ -99,6 +114,7 @@ class FrameSet:
             "is_validation": self.is_validation.astype(np.uint8),
             "is_exemplar": self.is_exemplar.astype(np.uint8),
             "weight": self.weight,
+            "stretch": self.stretch,
         }
 
     @classmethod
@@ -113,6 +129,7 @@ class FrameSet:
             tensors["is_validation"].astype(np.bool_),
             tensors["is_exemplar"].astype(np.bool_),
             tensors.get("weight", np.zeros(0, np.float32)),
+            tensors.get("stretch", np.zeros(0, np.int64)),  # files of earlier releases hold none
         )
 
 
@@ -175,6 +192,7 @@ def join(parts: Sequence[FrameSet], edge: int) -> FrameSet:
         np.concatenate([part.is_validation for part in parts]),
         np.concatenate([part.is_exemplar for part in parts]),
         np.concatenate([part.weight for part in parts]),
+        np.concatenate([part.stretch for part in parts]),
     )
 
 
@@ -186,16 +204,26 @@ def _at_edge(part: FrameSet, edge: int) -> FrameSet:
     return replace(part, frames=np.stack(pictures), boxes=part.boxes * np.float32(edge / max(height, width)))
 
 
-def exemplars(previous: FrameSet, per_class: int, edge: int) -> FrameSet:
-    """The memory to carry over: per class at most ``per_class`` frames that show it, by herding; each frame once."""
-    if len(previous) == 0 or per_class == 0:
+def exemplars(previous: FrameSet, max_bytes: int, edge: int) -> FrameSet:
+    """The memory to carry over: frames of ``edge`` that take at most ``max_bytes``, chosen by executor.learning.memory.
+
+    A frame stands for the rarest class that it shows; frames without objects are not kept.
+    """
+    counts = np.bincount(previous.labels)
+    rarest = np.full(len(previous), -1, np.int64)
+    # The most frequent class first, so that rarer ones overwrite it.
+    for label in sorted(np.unique(previous.labels), key=lambda label: -counts[label]):
+        rarest[previous.owner[previous.labels == label]] = label
+    shown = np.flatnonzero(rarest >= 0)
+    if len(shown) == 0:
         return join([], edge)
-    features = _layout(previous.frames)
-    picked: set[int] = set()
-    for label in np.unique(previous.labels):
-        members = np.unique(previous.owner[previous.labels == label])
-        picked |= set(members[herd(features[members], per_class)].tolist())
-    memory = previous.take(np.array(sorted(picked), np.int64))
+    objects = np.bincount(previous.owner, minlength=len(previous))
+    height, width = previous.frames.shape[1:3]
+    factor = edge / max(height, width)
+    pixels = 3 * max(1, round(height * factor)) * max(1, round(width * factor))
+    size = max_bytes // int(pixels + _BYTES_BESIDE + _BYTES_OF_OBJECT * objects.max())
+    picked = shown[choose(rarest[shown], previous.stretch[shown], _layout(previous.frames[shown]), size)]
+    memory = previous.take(picked)
     count = len(memory)
     memory = replace(memory, is_validation=np.zeros(count, np.bool_), is_exemplar=np.ones(count, np.bool_))
     return join([memory], edge)

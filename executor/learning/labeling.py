@@ -24,6 +24,7 @@ from executor.learning.golden import open_golden
 from executor.learning.inference import Analyser
 from executor.learning.models import Student
 from executor.learning.pairing import wilson
+from executor.learning.reuse import after_last_cut, conditions_of
 from executor.learning.sampling import Sample, Worth, draw, frame_worth, rarity_of
 from executor.learning.stepping import Stepper
 from executor.learning.task import Task, task_of
@@ -112,8 +113,9 @@ def label(
     fresh = found.examples.split(np.isin(frame_index, held_out))
     if len(sample.frames):
         fresh = fresh.weighted(sample.weight[np.searchsorted(sample.frames, frame_index)].astype(np.float32))
+        fresh = fresh.labelled_in(int(sample.frames[0]))
     agreement, num_pieces = _agreement(task, student, fresh, device, stepper)
-    if job.exemplars is not None and stream.exemplars_per_class > 0:
+    if job.exemplars is not None and stream.exemplar_mb > 0.0:
         previous = task.read(store, job.exemplars, stream.classes)
         fresh = task.join([fresh, task.memory(previous, stream)], stream)
     if found.stopped and found.num_frames == 0:
@@ -135,6 +137,7 @@ def label(
         label_s_per_frame=found.golden_s / max(1, found.num_frames),
     )
     low, high = wilson(agreement or 0.0, num_pieces)
+    exemplars, new = fresh.take(fresh.is_exemplar), fresh.take(~fresh.is_exemplar)
     return LabelResult(
         dataset=dataset,
         num_frames=found.num_frames,
@@ -144,6 +147,9 @@ def label(
         agreement_low=low,
         agreement_high=high,
         num_pieces=num_pieces,
+        num_exemplars=len(exemplars),
+        exemplar_bytes=sum(tensor.nbytes for tensor in exemplars.tensors().values()),
+        conditions=conditions_of(after_last_cut(new, len(stream.classes)), len(stream.classes)),
     )
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from executor.learning import checkpoints
+from executor.learning import checkpoints, reuse
 from executor.learning.datasets import Examples
 from executor.learning.device import Device
 from executor.learning.models import Student
@@ -36,8 +36,9 @@ def clearly_worse(last: float, best: float, num_validation: int) -> bool:
 class Retraining:
     """One retraining, epoch by epoch; remembers the weights worth keeping.
 
-    ``epochs`` starts with epoch 0, the student as it served (a new one: as it was initialised), whose
-    ``busy_s`` is the cost of one validation; each later epoch contains one as well.
+    ``epochs`` starts with epoch 0, the student as it served (a new one: as it was initialised; one that begins from
+    ``earlier``, a model of the zoo: as that is), whose ``busy_s`` is the cost of one validation; each later epoch
+    contains one as well. ``accuracy_before`` is the serving model's, whatever the student began from.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Retraining:
         device: Device,
         stepper: Stepper,
         on_epoch: Callable[[EpochResult], None],
+        earlier: Student | None = None,
     ) -> None:
         self._job, self._device, self._stepper, self._on_epoch = job, device, stepper, on_epoch
         self._task = task = task_of(job.stream)
@@ -57,8 +59,10 @@ class Retraining:
                 f"data set {job.dataset.path}: {len(train)} training and {len(self._validation)} held-out examples "
                 f"are too few; raise label_fps of stream {job.stream.stream_id}"
             )
-        student = task.student_for(job.config, serving, job.stream, device, job.seed)
+        base = serving if earlier is None else earlier
+        student = task.student_for(job.config, base, job.stream, device, job.seed)
         before = student if serving is None else serving.to(device.torch_device)
+        first = before if earlier is None else earlier.to(device.torch_device)
         part = task.subset(train, max(2, round(job.config.data_fraction * len(train))), job.seed)
         self._trainer = task.trainer(student, job.config, part, device, job.seed)
         self.student = self._trainer.average
@@ -66,7 +70,10 @@ class Retraining:
         self._best = -1
         self._best_state: dict[str, torch.Tensor] = {}
         start = stepper.busy_s()
-        self._record(0, task.evaluate(before, self._validation, device, stepper), start)
+        self._record(0, task.evaluate(first, self._validation, device, stepper), start)
+        self.accuracy_before = self.epochs[0].accuracy
+        if earlier is not None:
+            self.accuracy_before = task.evaluate(before, self._validation, device, stepper)[0]
         # A new student has nothing to be compared with.
         self._points_before = None if serving is None else task.points(before, self._validation, device, stepper)
 
@@ -139,8 +146,14 @@ def retrain(
     started, start_busy_s = time.monotonic(), stepper.busy_s()
     crops = task_of(job.stream).read(store, job.dataset, job.stream.classes)
     serving = None if job.checkpoint is None else checkpoints.load(store, job.checkpoint)[0]
+    earlier = None if job.start is None else checkpoints.load(store, job.start)[0]
     on_ready()
-    retraining = Retraining(job, crops, serving, device, stepper, on_epoch)
+    if earlier is not None:
+        reuse.check_fits(job, earlier)
+        if serving is not None and job.config.epochs == 0:
+            serving, earlier = serving.to(device.torch_device), earlier.to(device.torch_device)
+            return reuse.take_over(job, crops, serving, earlier, store, device, stepper)
+    retraining = Retraining(job, crops, serving, device, stepper, on_epoch, earlier)
     epoch, reason = retraining.kept(retraining.run())
     checkpoint = None
     if epoch is not None:
@@ -155,7 +168,7 @@ def retrain(
             window=job.window,
             accuracy=epoch.accuracy,
         )
-    before = retraining.epochs[0].accuracy
+    before = retraining.accuracy_before
     paired = PairedCounts() if epoch is None else retraining.paired()
     map_before, map_after = (None, None) if epoch is None else retraining.precision(serving)
     return RetrainResult(

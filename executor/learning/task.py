@@ -19,6 +19,7 @@ from executor.learning.datasets import Examples
 from executor.learning.device import Device
 from executor.learning.golden import Labels
 from executor.learning.inference import Analyser, Objects
+from executor.learning.memory import MEGABYTE
 from executor.learning.models import Student
 from executor.learning.stepping import Stepper
 from executor.learning.training import Trainer, student_for
@@ -47,7 +48,7 @@ class Task(ABC, Generic[E]):
 
     @abstractmethod
     def memory(self, previous: E, stream: StreamSpec) -> E:
-        """The exemplars to carry over from a window's data set, marked as such."""
+        """The exemplars to carry over from a window's data set, marked as such, within the stream's ``exemplar_mb``."""
 
     @abstractmethod
     def subset(self, examples: E, size: int, seed: int) -> E:
@@ -76,6 +77,14 @@ class Task(ABC, Generic[E]):
         """
         each = [self.evaluate(student, examples.take(np.array([i])), device, stepper)[0] for i in range(len(examples))]
         return np.array(each, np.float64)
+
+    def assess(
+        self, student: Student, examples: E, device: Device, stepper: Stepper | None = None
+    ) -> tuple[float, NDArray[np.float64], float | None]:
+        """(the measure of serving, :meth:`points`, mean belief of the student in what it says), None for the last where
+        the task has no such thing."""
+        accuracy = self.serving_accuracy(student, examples, device, stepper)
+        return accuracy, self.points(student, examples, device, stepper), None
 
     def mean_average_precision(
         self, student: Student, examples: E, device: Device, stepper: Stepper | None = None
@@ -106,6 +115,11 @@ class Task(ABC, Generic[E]):
         """The student that a configuration starts from, on the device."""
         spec = self.student_spec(stream.student)
         return student_for(config, serving, spec, len(stream.classes), device, seed)
+
+
+def exemplar_bytes(stream: StreamSpec) -> int:
+    """What the stream's exemplar memory may take."""
+    return int(stream.exemplar_mb * MEGABYTE)
 
 
 def task_of(stream: StreamSpec) -> Task[Any]:

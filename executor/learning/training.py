@@ -102,6 +102,18 @@ def correctness(student: Student, crops: CropSet, device: Device, stepper: Stepp
     return np.concatenate([np.zeros(0, np.bool_), *right])
 
 
+def correctness_and_belief(
+    student: Student, crops: CropSet, device: Device, stepper: Stepper | None = None
+) -> tuple[NDArray[np.bool_], float]:
+    """:func:`correctness`, and the student's mean belief (0..1) in what it says; 0 of no crops."""
+    right, belief = [np.zeros(0, np.bool_)], 0.0
+    for logits, labels in _batches(student, crops, device, stepper):
+        beliefs, said = logits.softmax(1).max(1)
+        right.append((said == labels).cpu().numpy())
+        belief += float(beliefs.sum())
+    return np.concatenate(right), min(1.0, belief / max(1, len(crops)))
+
+
 def frame_mean_accuracy(student: Student, crops: CropSet, device: Device, stepper: Stepper | None = None) -> float:
     """Share of a frame's crops classified right, weighted mean over frames of ``crops`` (the measure of serving)."""
     return frame_mean(correctness(student, crops, device, stepper), crops.frame_index, crops.weight)

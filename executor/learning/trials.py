@@ -20,6 +20,7 @@ from executor.learning.golden import Labels, open_golden
 from executor.learning.inference import Analyser, Objects
 from executor.learning.models import Student
 from executor.learning.pairing import wilson
+from executor.learning.reuse import zoo_trials
 from executor.learning.stepping import Stepper
 from executor.learning.task import Task, task_of
 from executor.learning.training import DivergedError
@@ -65,6 +66,7 @@ def run_trials(
     unseen = crops.take(~crops.is_exemplar) if job.unseen else crops.validation
     accuracy_now = task.serving_accuracy(serving, unseen, device, stepper)
     accuracy_low, accuracy_high = wilson(accuracy_now, round(evenness(unseen) * task.num_pieces(unseen)))
+    zoo = zoo_trials(job, unseen, serving, store, device, stepper) if job.unseen else ()
     retrain: list[RetrainTrial] = []
     inference: list[InferenceTrial] = []
     golden_s = 0.0
@@ -89,6 +91,7 @@ def run_trials(
         accuracy_low=accuracy_low,
         accuracy_high=accuracy_high,
         golden_s=golden_s,
+        zoo=zoo,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from executor.learning import datasets, golden, labeling, replay
+from executor.learning import datasets, golden, labeling, memory, replay
 from executor.learning.datasets import CropSet
 from executor.learning.device import Device
 from executor.learning.stepping import FreeStepper
@@ -42,7 +43,7 @@ def test_a_data_set_comes_back_as_it_was_written(tmp_path: Path) -> None:
     ref = datasets.save(tmp_path, crops, stream_id="gate", window=3, classes=("a", "b", "c"))
     loaded = datasets.load(tmp_path, ref, ("a", "b", "c"))
     assert (ref.num_train, ref.num_validation, ref.class_counts) == (6, 2, (2, 3, 3))
-    for name in ("crops", "labels", "frame_index", "is_validation", "is_exemplar"):
+    for name in ("crops", "labels", "frame_index", "is_validation", "is_exemplar", "stretch"):
         assert np.array_equal(getattr(loaded, name), getattr(crops, name))
     assert len(loaded.train) == 6
     assert loaded.validation.labels.tolist() == [1, 2]
@@ -87,7 +88,7 @@ def test_herding_takes_the_crop_that_brings_the_mean_nearest_every_time(seed: in
     features = draw.normal(size=(12, 4)).astype(np.float32)
     unit = features / np.linalg.norm(features, axis=1, keepdims=True)
     mean = unit.mean(axis=0)
-    order = replay.herd(features, 5).tolist()
+    order = memory.herd(features, 5).tolist()
     assert len(set(order)) == 5
     for size in range(5):
         chosen = order[:size]
@@ -99,14 +100,50 @@ def test_herding_takes_the_crop_that_brings_the_mean_nearest_every_time(seed: in
         assert distances[order[size]] == pytest.approx(min(distances.values()), abs=1e-6)
 
 
-def test_the_memory_has_a_fixed_size_and_always_trains() -> None:
+def num_bytes(crops: datasets.CropSet) -> int:
+    return sum(tensor.nbytes for tensor in crops.tensors().values())
+
+
+def test_the_memory_stays_within_its_bytes_and_always_trains() -> None:
     previous = crop_set([0] * 30 + [1] * 3 + [2] * 10)
-    memory = replay.exemplars(previous, 5, crop_px=6)
-    assert memory.class_counts(3) == (5, 3, 5)
-    assert memory.crops.shape == (13, 6, 6, 3)
-    assert memory.is_exemplar.all()
-    assert not memory.is_validation.any()
-    assert len(replay.exemplars(crop_set([]), 5, 6)) == 0
+    budget = 13 * (6 * 6 * 3 + 46) + 5
+    kept = replay.exemplars(previous, budget, crop_px=6)
+    assert kept.class_counts(3) == (5, 3, 5)
+    assert kept.crops.shape == (13, 6, 6, 3)
+    assert budget - 5 == num_bytes(kept)
+    assert kept.is_exemplar.all()
+    assert not kept.is_validation.any()
+    assert len(replay.exemplars(crop_set([]), budget, 6)) == 0
+    assert len(replay.exemplars(previous, 100, 6)) == 0
+
+
+@given(st.lists(st.integers(0, 30), max_size=6), st.integers(0, 100))
+def test_a_budget_is_shared_evenly_and_what_one_cannot_use_goes_to_others(available: list[int], total: int) -> None:
+    parts = memory.fair_parts(available, total)
+    assert sum(parts) == min(total, sum(available))
+    assert all(0 <= part <= most for part, most in zip(parts, available, strict=True))
+    unfilled = [part for part, most in zip(parts, available, strict=True) if part < most]
+    assert not unfilled or max(parts) - min(unfilled) <= 1
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_old_scenes_keep_their_part_however_much_comes_after_them(seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    budget = 60 * (16 * 16 * 3 + 46)
+    looks = [(200, 40, 40), (40, 200, 40)]
+    kept = crop_set([])
+    for window in range(12):
+        labels = draw.integers(0, 3, 100)
+        crops = np.clip(draw.normal(looks[window > 0], 20.0, (100, 16, 16, 3)), 0, 255).astype(np.uint8)
+        fresh = replace(crop_set(labels.tolist(), px=16), crops=crops).labelled_in(100 * window)
+        kept = replay.exemplars(datasets.concatenate([kept, fresh] if window else [fresh]), budget, 16)
+        assert len(kept) == 60
+        assert num_bytes(kept) <= budget
+        assert kept.class_counts(3) == (20, 20, 20)
+    first = kept.stretch == 0
+    # Eleven windows that look alike never push the first one out, nor its share of any class below three.
+    assert kept.take(first).crops[..., 0].mean() > 150
+    assert min(kept.take(first).class_counts(3)) >= memory.MIN_PER_STRETCH
 
 
 @pytest.mark.parametrize(("px", "edge"), [(8, 4), (8, 8), (4, 8), (9, 5)])
@@ -161,7 +198,9 @@ def test_labelling_writes_a_data_set_split_by_time_and_carries_the_memory_over(t
     second = labeling.label(job, source, tmp_path, CPU, FreeStepper(), seed=1)
     assert second is not None
     crops = datasets.load(tmp_path, second.dataset, tiny_source.CLASSES)
-    assert crops.is_exemplar.sum() == 15
+    assert crops.is_exemplar.sum() == second.num_exemplars == 15
+    assert second.exemplar_bytes == num_bytes(crops.take(crops.is_exemplar)) <= 1e6 * job.stream.exemplar_mb
+    assert set(crops.stretch) == {-80, 80}
     assert not (crops.is_exemplar & crops.is_validation).any()
 
 

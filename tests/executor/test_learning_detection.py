@@ -34,7 +34,7 @@ from tests.executor import tiny_source
 CPU = Device("cpu:0", torch.device("cpu"))
 TASK = Detection()
 STREAM = msgspec.structs.replace(
-    tiny_source.spec(student=StudentSpec(head_width=16)), task="detection", frame_px=128, exemplars_per_class=3
+    tiny_source.spec(student=StudentSpec(head_width=16)), task="detection", frame_px=128, exemplar_mb=0.16
 )
 FULL = RetrainConfig(config_id="full", epochs=14, batch_size=8, head_width=16, learning_rate=5e-3)
 ARCHITECTURES = ("edge_detector", "ssdlite320_mobilenet_v3_large")

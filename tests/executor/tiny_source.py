@@ -68,6 +68,6 @@ def spec(stream_id: str = "tiny", *, fps: float = 20.0, label_s: float = 0.0, **
         golden=golden,
         crop_px=16,
         label_fps=4.0,
-        exemplars_per_class=5,
+        exemplar_mb=0.0123,
         **options,  # type: ignore[arg-type]
     )

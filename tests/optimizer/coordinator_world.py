@@ -251,8 +251,9 @@ def simulation(
     world: TestWorld | None = None,
     adopt_until_s: float | None = None,
     join: bool = True,
+    profiler: TestProfiler | None = None,
 ) -> tuple[Simulation, TestWorld, TestProfiler]:
-    world, profiler = world or TestWorld(), TestProfiler()
+    world, profiler = world or TestWorld(), profiler or TestProfiler()
     coordinator = Coordinator(
         config, profiler, state or SiteState(site="test"), num_windows=num_windows, adopt_until_s=adopt_until_s
     )
