@@ -6,6 +6,7 @@ import hashlib
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -266,7 +267,7 @@ class OfferingProfiler(TestProfiler):
 def two_scenes(num_windows: int = 6, state: SiteState | None = None, **changes: object) -> tuple[Simulation, TwoScenes]:
     world = TwoScenes()
     run, _, _ = simulation(
-        site(**changes), num_windows=num_windows, world=world, state=state, profiler=OfferingProfiler()
+        site(2, **changes), num_windows=num_windows, world=world, state=state, profiler=OfferingProfiler()
     )
     return run, world
 
@@ -376,7 +377,7 @@ def test_a_model_is_deleted_when_it_was_of_no_use_twice(tmp_path: Path) -> None:
 def test_configurations_of_a_site_file_train_and_begin_from_what_serves(
     retrain: dict[str, object], words: str, tmp_path: Path
 ) -> None:
-    raw = {
+    raw: dict[str, Any] = {
         "name": "site",
         "streams": [{"stream_id": "s0", "source": {"type": "city", "seed": 1}, "classes": ["car", "bus"]}],
         "inference": [{"config_id": "full"}],
