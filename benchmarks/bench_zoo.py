@@ -3,8 +3,8 @@
 ``python benchmarks/bench_zoo.py`` runs the real coordinator, planner, profiler, gate and canary in *virtual* time on
 real frames: every label, trial, retraining, comparison and accuracy is computed, none is drawn. On the clock a batch of
 32 crops takes 20 ms of a GPU, in training and in looking alike, so that both runs of a pair are the same until an
-earlier model is used. What is left out of a real run: contention beyond the granted shares, the start of processes (half
-a second is added to every retraining and take-over), dropped frames, drift alarms.
+earlier model is used. What is left out of a real run: contention beyond the granted shares, the start of processes
+(half a second is added to every retraining and take-over), dropped frames, drift alarms.
 
 street: the six cameras of ``examples/street.toml``, windows of 40 s. Its recordings are looped: a scene that comes back
 shows the very frames that its first model was trained on, which flatters the zoo (and policy `none`).
