@@ -72,6 +72,7 @@ from protocol.schema import (
     TrialResult,
 )
 
+BY_STRETCH = memory.choose
 Chooser = Callable[[NDArray[np.int64], NDArray[np.int64], memory.Features, int], NDArray[np.int64]]
 
 ROOT = Path(__file__).parent.parent
@@ -420,7 +421,7 @@ def joint(
     size: int,
 ) -> NDArray[np.int64]:
     """Herding over everything of a class at once, as before."""
-    return memory.choose(labels, np.zeros_like(stretches), features, size)
+    return BY_STRETCH(labels, np.zeros_like(stretches), features, size)
 
 
 class Reservoir:
@@ -455,68 +456,48 @@ class Reservoir:
         return np.sort(np.concatenate(chosen))
 
 
-def memory_study(seeds: int, megabytes: list[float], out: Console) -> None:
+def memory_study(seeds: int, megabytes: list[float], choices: list[str], out: Console) -> None:
     """Train on the first scene, then on windows of the second with what memory holds; how much of the first is left."""
     config = RetrainConfig(config_id="all-8", epochs=8, learning_rate=0.002)
     table = Table(title="accuracy after three windows of another scene (mean of both orders and all seeds)")
     for column in (
         "memory, MB",
         "choice",
-        "first scene, frames never seen",
-        "new scene, next frames",
+        "first scene, new frames",
+        "its own model there",
+        "second scene, new frames",
     ):
         table.add_column(column, justify="right")
     sites = back_sites()
     truths = [Truth(site) for site in sites]
     for size in megabytes:
-        for choice in ("none",) if size == 0.0 else ("joint herding", "reservoir", "by stretch"):
-            old, new = [], []
+        for choice in ("none",) if size == 0.0 else choices:
+            rows = []
             for seed in range(seeds):
                 for site, truth in zip(sites, truths, strict=True):
-                    a, b = _forgetting(site.streams[0], truth, size, choice, config, seed)
-                    old.append(a)
-                    new.append(b)
-            out.print(f"{size:g} MB, {choice}: {100 * statistics.mean(old):.1f}, {100 * statistics.mean(new):.1f}")
-            table.add_row(
-                f"{size:g}",
-                choice,
-                f"{100 * statistics.mean(old):.1f}",
-                f"{100 * statistics.mean(new):.1f}",
-            )
+                    rows.append(_forgetting(site.streams[0], truth, size, choice, config, seed))
+                    figures = ", ".join(f"{100 * x:.1f}" for x in rows[-1])
+                    out.print(f"{size:g} MB, {choice}, {site.name}: {figures}", style="dim")
+            table.add_row(f"{size:g}", choice, *(f"{100 * statistics.mean(x):.1f}" for x in zip(*rows, strict=True)))
     out.print(table)
 
 
 def _forgetting(
-    spec: StreamSpec,
-    truth: Truth,
-    size: float,
-    choice: str,
-    config: RetrainConfig,
-    seed: int,
-) -> tuple[float, float]:
+    spec: StreamSpec, truth: Truth, size: float, choice: str, config: RetrainConfig, seed: int
+) -> tuple[float, float, float]:
+    """Accuracy on the first scene when it is back, that of the model made for it, and accuracy on the second scene."""
     spec = msgspec.structs.replace(spec, exemplar_mb=size)
-    by_stretch = memory.choose
-    choosers: dict[str, Chooser] = {
-        "joint herding": joint,
-        "reservoir": Reservoir(seed),
-    }
-    memory.choose = choosers.get(choice, by_stretch)  # type: ignore[assignment]
+    choosers: dict[str, Chooser] = {"joint herding": joint, "reservoir": Reservoir(seed)}
+    memory.choose = choosers.get(choice, BY_STRETCH)  # type: ignore[assignment]
     try:
         with tempfile.TemporaryDirectory() as folder:
             store, source = Path(folder), truth.sources[spec.stream_id]
-            dataset, serving = None, None
-            first_s = spec.start_s
+            dataset, models = None, list[CheckpointRef]()
             # The first scene in three windows, then three windows of the second one.
-            edges = [first_s * k / 3 for k in range(4)] + [first_s + 12.0 * k for k in range(1, 4)]
+            edges = [spec.start_s * k / 3 for k in range(4)] + [spec.start_s + 12.0 * k for k in range(1, 4)]
             for window, (from_s, to_s) in enumerate(itertools.pairwise(edges)):
                 job = m.LabelJob(
-                    job_id="l",
-                    stream=spec,
-                    share=1.0,
-                    window=window,
-                    from_s=from_s,
-                    to_s=to_s,
-                    exemplars=dataset,
+                    job_id="l", stream=spec, share=1.0, window=window, from_s=from_s, to_s=to_s, exemplars=dataset
                 )
                 labelled = label(job, source, store, CPU, FreeStepper(), seed)
                 assert labelled is not None
@@ -527,30 +508,31 @@ def _forgetting(
                     share=1.0,
                     window=window,
                     dataset=dataset,
-                    checkpoint=serving,
-                    config=msgspec.structs.replace(config, epochs=12) if serving is None else config,
+                    checkpoint=models[-1] if models else None,
+                    config=config if models else msgspec.structs.replace(config, epochs=12),
                     next_version=window + 1,
                     seed=100 * seed + window,
                 )
                 result = retrain(work, store, CPU, FreeStepper(), lambda: None, lambda _: None)
-                serving = result.checkpoint or serving
-            assert serving is not None
-            student, _ = checkpoints.load(store, serving)
+                assert result.checkpoint is not None
+                models.append(result.checkpoint)
 
-            def mean(from_s: float, to_s: float) -> float:
+            def mean(model: CheckpointRef, from_s: float, to_s: float) -> float:
+                student, _ = checkpoints.load(store, model)
                 blocks = [truth.block(spec.stream_id, b) for b in range(int(from_s // BLOCK_S), int(to_s // BLOCK_S))]
                 return statistics.mean(
                     Classification().serving_accuracy(student, crops, CPU) for crops in blocks if len(crops)
                 )
 
             # The first scene is back after the second one's part, with its other half.
-            source_ = spec.source
-            assert isinstance(source_, RecordedSource)
-            lengths = [((c.last_frame or 0) - c.first_frame + 1) / spec.fps for c in source_.clips]
+            clips = spec.source.clips if isinstance(spec.source, RecordedSource) else ()
+            lengths = [((clip.last_frame or 0) - clip.first_frame + 1) / spec.fps for clip in clips]
             back = lengths[0] + lengths[1]
-            return mean(back + BLOCK_S, back + lengths[2] - BLOCK_S), mean(back + lengths[2] + BLOCK_S, sum(lengths))
+            there = back + BLOCK_S, back + lengths[2] - BLOCK_S
+            again = back + lengths[2] + BLOCK_S, sum(lengths) - BLOCK_S
+            return mean(models[-1], *there), mean(models[2], *there), mean(models[-1], *again)
     finally:
-        memory.choose = by_stretch
+        memory.choose = BY_STRETCH
 
 
 def main() -> None:
@@ -561,13 +543,15 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="study the exemplar memory instead")
     parser.add_argument("--megabytes", default="0,0.1,0.25,1")
+    parser.add_argument("--choices", default="joint herding,reservoir,by stretch")
     parser.add_argument("--json", type=Path, help="write all rows there")
     parser.add_argument("--log", type=Path, help="write the events of every run into this folder")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     out, began = Console(), time.process_time()
     if arguments.memory:
-        memory_study(arguments.runs, [float(x) for x in arguments.megabytes.split(",")], out)
+        sizes = [float(size) for size in arguments.megabytes.split(",")]
+        memory_study(arguments.runs, sizes, arguments.choices.split(","), out)
         return
     found: dict[str, list[tuple[Arm, Arm]]] = {}
     for study in arguments.studies.split(","):
