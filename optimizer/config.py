@@ -291,11 +291,11 @@ def _check(site: SiteConfig, origin: str) -> None:
     unique("streams.stream_id", [s.stream_id for s in site.streams])
     unique("inference.config_id", [c.config_id for c in site.inference])
     unique("retrain.config_id", [c.config_id for c in site.retrain])
-    for retrain in site.retrain:
+    for number, retrain in enumerate(site.retrain):
         if retrain.epochs < 1:
-            raise ConfigError(f"{origin}: retrain {retrain.config_id!r}: epochs must be at least 1")
+            raise ConfigError(f"{origin}: retrain[{number}].epochs: must be at least 1, not {retrain.epochs}")
         if retrain.base:
-            raise ConfigError(f"{origin}: retrain {retrain.config_id!r}: base is set by the system; leave it out")
+            raise ConfigError(f"{origin}: retrain[{number}].base: is set by the system; leave it out")
     for stream in site.streams:
         where = f"{origin}: stream {stream.stream_id!r}"
         if len(set(stream.classes)) < len(stream.classes):

@@ -372,7 +372,7 @@ def test_a_model_is_deleted_when_it_was_of_no_use_twice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("retrain", "words"),
-    [({"epochs": 0}, "epochs must be at least 1"), ({"epochs": 2, "base": 3}, "base is set by the system")],
+    [({"epochs": 0}, "epochs: must be at least 1"), ({"epochs": 2, "base": 3}, "base: is set by the system")],
 )
 def test_configurations_of_a_site_file_train_and_begin_from_what_serves(
     retrain: dict[str, object], words: str, tmp_path: Path
@@ -383,7 +383,7 @@ def test_configurations_of_a_site_file_train_and_begin_from_what_serves(
         "inference": [{"config_id": "full"}],
         "retrain": [{"config_id": "r1", **retrain}],
     }
-    with pytest.raises(ConfigError, match=f"site.toml: retrain 'r1': {words}"):
+    with pytest.raises(ConfigError, match=rf"site.toml: retrain\[0\].{words}"):
         parse_site(raw, "site.toml", tmp_path)
     raw["retrain"] = []
     raw["zoo"] = {"max_mb": -1.0}
