@@ -239,6 +239,8 @@ def room_for_trials(state: SiteState, executors: Mapping[str, ExecutorState]) ->
         return {}
     waiting = {s.stream_id: s for s in state.streams.values() if s.awaits_trial and s.ahead <= state.window}
     homes = {s.serving_executor for s in waiting.values() if s.alarm is None}
+    if any(s.serving_executor not in executors for s in waiting.values()):
+        homes |= set(sorted(executors)[:1])  # a stream that nobody serves yet waits for its first model
     homes |= {executor_id for executor_id, job in state.pipeline.items() if job.stream.stream_id in waiting}
     urgent = {s.serving_executor for s in state.streams.values() if s.alarm is not None and state.phase == "executing"}
     # As long as nothing can be retrained yet, trials are what everything waits for.
