@@ -1,6 +1,6 @@
 """One label budget, four ways to spend it: real students, real city frames, real retrainings, not in real time.
 
-``python benchmarks/bench_labels.py --seeds 1,2,3,4,5 --out labels.jsonl`` takes about MINUTES per seed on one core;
+``python benchmarks/bench_labels.py --seeds 1,2,3,4,5 --out labels.jsonl``: four minutes of processor time per seed;
 ``--table labels.jsonl`` prints the table of what is there. A seed is a site of cameras of the procedural city; in every
 window some of them, drawn at random, see a sudden drift, the others go on as before. Every arm sees the same frames,
 starts from the same first models and has the same golden-model seconds per window for all cameras:

@@ -95,6 +95,8 @@ class Labels:
             case LabelResult():
                 spend.labels_s += result.golden_s
                 stream = self._state.streams.get(stream_id)
+                if stream is not None and result.num_frames > 0:
+                    stream.golden_frame_s = result.golden_s / result.num_frames
                 # Labels after a sudden drift leave what is set aside for the next window's alone.
                 if stream is not None and result.dataset.window >= spend.window:
                     stream.label_frames = None
@@ -164,7 +166,7 @@ class Labels:
 
     def _cost_s(self, stream: StreamState) -> float:
         """Busy seconds of the golden model per frame: as last measured, else as configured, else nothing."""
-        if stream.dataset is not None and stream.dataset.label_s_per_frame > 0.0:
-            return stream.dataset.label_s_per_frame
+        if stream.golden_frame_s > 0.0:
+            return stream.golden_frame_s
         golden = self._specs[stream.stream_id].golden
         return golden.seconds_per_frame if isinstance(golden, OracleGolden) else 0.0

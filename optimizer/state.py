@@ -221,7 +221,8 @@ class StreamState(msgspec.Struct, kw_only=True):
     window in which a retraining configuration is not to be tried.
     ``drift``: how far it is from what its model was made for, 0..1, None = not known; ``doubt``: 1 less its student's
     mean confidence, None = not known; ``alarm``: a sudden drift of this window that is acted upon.
-    ``label_frames``: frames that are set aside for its next labels, None = as many as its label rate asks for.
+    ``label_frames``: frames that are set aside for its next labels, None = as many as its label rate asks for;
+    ``golden_frame_s``: busy seconds that its golden model took for a frame when it labelled last, 0 = not measured.
     ``latencies``: the last ones measured per
     inference configuration, seconds; ``late``: it was told in this window that the one in use is too slow.
     ``demands``: (share needed, part of the frames dropped) of the last reports per inference
@@ -260,6 +261,7 @@ class StreamState(msgspec.Struct, kw_only=True):
     drift: float | None = None
     doubt: float | None = None
     label_frames: int | None = None
+    golden_frame_s: float = 0.0
     alarm: DriftAlarm | None = None
     degraded: bool = False
     turned_s: float | None = None

@@ -157,13 +157,15 @@ def _inference_trials(
     start_busy_s = stepper.busy_s()
     frames: list[Frame] = []
     truth: list[Labels] = []
-    golden_busy_s = 0.0
+    golden_busy_s = label_s = 0.0
     for index in range(end - job.num_frames, end):
         golden_start = stepper.busy_s()
         # Consecutive frames are not among the window's labels: the golden model has to look at them as well.
         try:
             frame = source.frame(index)
+            asked = stepper.busy_s()
             labels = golden.label(frame)
+            label_s += max(0.0, stepper.busy_s() - asked)
         except SourceError:
             continue
         if labels is None:
@@ -172,7 +174,7 @@ def _inference_trials(
         truth.append(labels)
         golden_busy_s += stepper.busy_s() - golden_start
     if not frames:
-        return [], golden_busy_s
+        return [], label_s
     fetch_s = max(0.0, stepper.busy_s() - start_busy_s - golden_busy_s) / len(frames)
     del golden  # which would count as memory that serving needs
     analyser = task.analyser(serving, device, job.checkpoint.version)
@@ -187,7 +189,7 @@ def _inference_trials(
             trials[config.config_id] = _judged(
                 task, config, frames, truth, results, analyse_s, fetch_s, device, stepper
             )
-    return [trials[config.config_id] for config in job.inference], golden_busy_s
+    return [trials[config.config_id] for config in job.inference], label_s
 
 
 def _analysed(

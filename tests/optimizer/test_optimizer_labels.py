@@ -16,7 +16,7 @@ from optimizer.simulator import Simulation
 from protocol import messages as m
 from protocol.errors import ConfigError
 from protocol.events import LabelsCollected, LabelsSpent, Notice
-from protocol.schema import CanaryResult, DatasetRef, LabelResult, TrialResult
+from protocol.schema import CanaryResult, LabelResult, TrialResult
 from tests.optimizer.coordinator_world import TestWorld, simulation, site
 
 FRACTIONS = st.none() | st.floats(0.0, 1.0)
@@ -190,10 +190,9 @@ class Charging(TestWorld):
         self.labels.append(job)
         wanted = int((job.to_s - job.from_s) * job.stream.label_fps)
         num_frames = min(wanted, job.num_frames) if job.num_frames else wanted
-        dataset: DatasetRef = msgspec.structs.replace(result.dataset, label_s_per_frame=0.1)
         agreement = None if job.checkpoint is None else 0.5
         return seconds, msgspec.structs.replace(
-            result, dataset=dataset, num_frames=num_frames, golden_s=0.1 * num_frames, agreement=agreement, num_pieces=9
+            result, num_frames=num_frames, golden_s=0.1 * num_frames, agreement=agreement, num_pieces=9
         )
 
     def trial(self, job: m.TrialJob) -> tuple[float, TrialResult]:
