@@ -6,7 +6,7 @@ window some of them, drawn at random, see a sudden drift, the others go on as be
 starts from the same first models and has the same golden-model seconds per window for all cameras:
 
 uniform: the same number of frames of every camera, evenly spaced.
-streams: frames are given to cameras by need (optimizer/label_budget.py: drift as the detector scores it, and doubt).
+streams: frames are given to cameras by need (optimizer/label_budget.py: errors to be expected).
 frames: as many of every camera, drawn where the student is unsure and rare classes are (executor/learning/sampling.py).
 adaptive: both, as ``[labels] allocation = "adaptive"`` does.
 
@@ -146,6 +146,7 @@ class Camera:
         self.task = task_of(self.spec)
         self.detector = Detector()
         self.expected: float | None = None
+        self.known: float | None = None  # accuracy of what serves, as last measured or as expected when it went live
         self.dataset: DatasetRef | None = None
         self.serving: CheckpointRef | None = None
         self.version = 1
@@ -246,7 +247,7 @@ class Camera:
             verdict = found
         if verdict.decision == "promoted" and result.checkpoint is not None:
             self.detector.reset()
-            self.expected = gate.accuracy_when_live(measured, result)
+            self.expected = self.known = gate.accuracy_when_live(measured, result)
             return result.checkpoint, verdict.decision, result.busy_s
         return self.serving, verdict.decision, result.busy_s
 
@@ -276,6 +277,7 @@ def run_arm(
                 num_wanted=round(LABEL_S * LABEL_FPS),
                 seconds_per_frame=GOLDEN_S,
                 drift=camera.detector.report.score,
+                accuracy=camera.known,
                 doubt=1.0 - confidence,
             )
             for camera, confidence in zip(cameras, confidences, strict=True)
@@ -300,6 +302,7 @@ def run_arm(
             )
             camera.dataset, measured = found.dataset, found.agreement or 0.0
             camera.detector.labelled(measured, found.num_pieces, camera.expected)
+            camera.known = measured
             true = camera.true_accuracy(before, end_s - LABEL_S, end_s)
             after, decision, busy_s = camera.retrain(window, end_s + SWAP_S, measured)
             old = camera.true_accuracy(before, end_s, end_s + SWAP_S)

@@ -20,19 +20,18 @@ from typing import Literal
 
 from protocol.schema import Count, Fraction, Name, Record, Seconds
 
-# Streams that have not drifted need labels too: to be measured, and because detectors miss things.
-_BASE_NEED = 0.1
-# A student's doubt is mostly how hard its scene is, drifted or not.
-_DOUBT = 0.25
-# Of a drift of which nothing is known (yet).
-_UNKNOWN_DRIFT = 0.3
+# A stream that makes no error needs labels too: to be measured.
+_LEAST_NEED = 0.05
+# What nothing is known of (yet).
+_UNKNOWN_DRIFT, _UNKNOWN_ACCURACY = 0.3, 0.7
 
 
 class LabelNeed(Record, frozen=True, kw_only=True):
     """One stream in one window. ``num_wanted``: frames that its label rate asks for; more are never labelled.
 
     ``seconds_per_frame``: busy seconds of its golden model. ``drift``: how far it is from what its model was made for,
-    None = not known. ``doubt``: 1 less the student's mean confidence, None = not known. ``weight``: of the stream in
+    None = not known. ``accuracy``: of that model when it was last measured, None = not known. ``doubt``: 1 less the
+    student's mean confidence, None = not known. ``weight``: of the stream in
     the site's accuracy.
     """
 
@@ -40,15 +39,21 @@ class LabelNeed(Record, frozen=True, kw_only=True):
     num_wanted: Count
     seconds_per_frame: Seconds
     drift: Fraction | None = None
+    accuracy: Fraction | None = None
     doubt: Fraction | None = None
     weight: float = 1.0
 
 
 def need_of(stream: LabelNeed) -> float:
-    """How much labels of a stream are needed beside those of others, > 0; rises with drift, doubt and weight."""
+    """How much labels of a stream are needed beside those of others, > 0; rises with drift, doubt and weight.
+
+    It is the error that is to be expected now: that of the model as it was last measured, with what a drift has taken
+    off since; no less than its student's doubt. Where models are wrong there is something to be learned.
+    """
     drift = _UNKNOWN_DRIFT if stream.drift is None else stream.drift
+    accuracy = _UNKNOWN_ACCURACY if stream.accuracy is None else stream.accuracy
     doubt = 0.0 if stream.doubt is None else stream.doubt
-    return stream.weight * (_BASE_NEED + drift + _DOUBT * doubt)
+    return stream.weight * max(_LEAST_NEED, doubt, 1.0 - accuracy * (1.0 - drift))
 
 
 def allocate(

@@ -160,6 +160,7 @@ class Labels:
             num_wanted=max(1, int(label_span_s(self._site, spec) * min(spec.label_fps, spec.fps) + 1e-9)),
             seconds_per_frame=self._cost_s(stream),
             drift=stream.drift,
+            accuracy=stream.profile.accuracy_now if stream.profile is not None else None,
             doubt=stream.doubt,
             weight=spec.weight,
         )

@@ -30,6 +30,7 @@ def needs(draw: st.DrawFn) -> list[LabelNeed]:
             num_wanted=draw(st.integers(0, 60)),
             seconds_per_frame=draw(st.sampled_from([0.0, 0.01, 0.02, 0.05, 0.3])),
             drift=draw(FRACTIONS),
+            accuracy=draw(FRACTIONS),
             doubt=draw(FRACTIONS),
             weight=draw(st.sampled_from([0.5, 1.0, 3.0])),
         )
@@ -134,6 +135,17 @@ def test_adaptive_gives_a_drifted_stream_more_and_uniform_gives_all_the_same() -
     assert counts["s0"] >= 18
     assert min(counts.values()) >= 4
     assert need_of(streams[0]) > 3 * need_of(streams[1])
+
+
+def test_labels_are_needed_where_errors_are_to_be_expected() -> None:
+    def need(**known: float) -> float:
+        return need_of(LabelNeed(stream_id="a", num_wanted=9, seconds_per_frame=1.0, **known))
+
+    assert need(accuracy=0.9, drift=0.0) == pytest.approx(0.1)
+    assert need(accuracy=0.9, drift=0.5) == pytest.approx(0.55)
+    assert need(accuracy=0.5, drift=0.0) > need(accuracy=0.9, drift=0.0)
+    assert need(accuracy=0.9, drift=0.0, doubt=0.4) == pytest.approx(0.4), "a student that is unsure is not that good"
+    assert need(accuracy=1.0, drift=0.0) > 0.0
 
 
 def test_what_is_not_known_of_a_drift_counts_as_some() -> None:
