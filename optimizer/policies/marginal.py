@@ -6,7 +6,7 @@ With all GPUs pooled a static plan is a multiple-choice knapsack: stream v with 
 
 Steps of the concave envelopes of all F_v are taken in the order of their worth per quantum until the quanta are gone
 (Sinha and Zoltners, Operations Research 27, 1979). That is the optimum of the pooled problem but for less than one
-step, in the time of a sort; ``pack`` then places the jobs. Where nothing may be retrained, F_v(Q) has r = 0.
+step, in the time of a sort; floors and latency limits come first, and ``pack`` then places the jobs. Where nothing may be retrained, F_v(Q) has r = 0.
 """
 
 from __future__ import annotations
@@ -65,12 +65,21 @@ def _worth_of_quanta(values: Floats, pool: int) -> Floats:
 
 
 def _granted(worth: Floats, pool: int) -> list[int]:
-    """Quanta of every stream: the best envelope steps first. The step that does not fit ends its stream's turn."""
+    """Quanta of every stream: the best envelope steps first. The step that does not fit ends its stream's turn.
+
+    First every stream gets what keeps its floor and its latency limit (its worth is negative below), as many as can.
+    """
     granted = [1] * len(worth)
     left = pool - len(worth)
+    least = np.where((worth >= 0.0).any(axis=1), (worth >= 0.0).argmax(axis=1), 1)
+    for v in np.argsort(least, kind="stable").tolist():
+        more = max(0, int(least[v]) - 1)
+        if more <= left:
+            granted[v] += more
+            left -= more
     steps: list[tuple[float, int, int]] = []
     for v, row in enumerate(worth.tolist()):
-        steps += [(slope, v, quanta) for slope, quanta in _envelope(row)]
+        steps += [(slope, v, quanta) for slope, quanta in _envelope(row, granted[v])]
     steps.sort(key=lambda step: (-step[0], step[1]))
     closed: set[int] = set()
     for _, v, quanta in steps:
@@ -82,10 +91,10 @@ def _granted(worth: Floats, pool: int) -> list[int]:
     return granted
 
 
-def _envelope(row: list[float]) -> list[tuple[float, int]]:
-    """(worth per quantum, quanta) of the steps of the concave envelope of ``row`` from one quantum on."""
-    hull = [1] if len(row) > 1 else []
-    for quanta in range(2, len(row)):
+def _envelope(row: list[float], first: int) -> list[tuple[float, int]]:
+    """(worth per quantum, quanta) of the steps of the concave envelope of ``row`` from ``first`` quanta on."""
+    hull = [first] if len(row) > first else []
+    for quanta in range(first + 1, len(row)):
         if row[quanta] - row[hull[-1]] <= _LEAST_STEP:
             continue
         while len(hull) > 1:
