@@ -6,7 +6,8 @@ With all GPUs pooled a static plan is a multiple-choice knapsack: stream v with 
 
 Steps of the concave envelopes of all F_v are taken in the order of their worth per quantum until the quanta are gone
 (Sinha and Zoltners, Operations Research 27, 1979). That is the optimum of the pooled problem but for less than one
-step, in the time of a sort; floors and latency limits come first, and ``pack`` then places the jobs. Where nothing may be retrained, F_v(Q) has r = 0.
+step, in the time of a sort; floors and latency limits come first, and ``pack`` then places the jobs. Where nothing
+may be retrained, F_v(Q) has r = 0.
 """
 
 from __future__ import annotations
