@@ -286,7 +286,7 @@ def run_arm(
     log: Path | None,
 ) -> Arm:
     """The site under ``policy`` for ``windows`` windows."""
-    site = msgspec.structs.replace(site, zoo=site.zoo if zoo else ZooConfig(max_mb=0.0))
+    site = msgspec.structs.replace(site, zoo=ZooConfig(max_mb=100.0 if zoo else 0.0))
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder)
         world = RealWorld(site, truth, store, seed)

@@ -159,11 +159,11 @@ class ZooConfig(Record, frozen=True, kw_only=True):
     """Earlier models that are kept for when their conditions come back (optimizer/zoo.py).
 
     ``max_mb``: what they may take on disk besides the models that serve, in megabytes (10^6 bytes); 0 = no zoo, and no
-    model is ever deleted. ``evaluate``: how many of them look at a stream's new labels in a window.
+    model is ever deleted. ``evaluate``: how many of them look at a stream's new labels in a window, at most.
     """
 
-    max_mb: Annotated[float, msgspec.Meta(ge=0.0, le=1e7)] = 100.0
-    evaluate: PositiveInt = 4
+    max_mb: Annotated[float, msgspec.Meta(ge=0.0, le=1e7)] = 0.0
+    evaluate: PositiveInt = 3
 
 
 class SiteConfig(Record, frozen=True, kw_only=True):

@@ -31,6 +31,8 @@ _LENGTH = 0.15
 _OTHER_STREAM = 0.1
 # What a model is taken to be worth where nothing is known, and how many measurements that counts for.
 _UNKNOWN, _UNKNOWN_WEIGHT = 0.4, 0.1
+# Models that are expected to be worse than the serving one by more than this are not looked at.
+_DOUBT = 0.1
 # More situations than this are more than a site has conditions; of the two most alike the older one goes.
 MAX_SITUATIONS = 100
 
@@ -134,7 +136,8 @@ def candidates(
 ) -> list[ZooModel]:
     """The ``count`` models to look at on a stream's new labels, most promising first.
 
-    Not the serving one, and none that was trained on these very labels.
+    Not the serving one, none that was trained on these very labels, and none that is expected to be clearly worse than
+    the serving one: looking costs as much as a trial's validation.
     """
     able = [
         model
@@ -146,7 +149,10 @@ def candidates(
     if conditions is None:
         return sorted(able, key=lambda m: (-m.last_used, m.number))[:count]
     worth = expected(zoo, able, spec.stream_id, conditions)
-    order = sorted(range(len(able)), key=lambda place: (-worth[place], able[place].number))
+    serving = by_weights(zoo, serving_sha256)
+    least = expected(zoo, [serving], spec.stream_id, conditions)[0] - _DOUBT if serving is not None else 0.0
+    hopeful = [place for place in range(len(able)) if worth[place] >= least]
+    order = sorted(hopeful, key=lambda place: (-worth[place], able[place].number))
     return [able[place] for place in order[:count]]
 
 

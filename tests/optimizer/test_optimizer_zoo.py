@@ -90,7 +90,9 @@ def test_models_that_were_good_under_such_conditions_are_looked_at_first() -> No
     assert found(between(0.05))[0] == numbers["day"]
     assert found(between(0.95)) == [numbers["night"], numbers["other"], numbers["day"]]
     assert found(between(0.95), count=1) == [numbers["night"]]
-    assert found(NIGHT, serving_sha256=checkpoint("night").sha256) == [numbers["other"], numbers["day"]]
+    # What is clearly worse than the serving model is not looked at.
+    assert found(NIGHT, serving_sha256=checkpoint("night").sha256) == [numbers["other"]]
+    assert found(NIGHT, serving_sha256=checkpoint("day").sha256) == [numbers["night"], numbers["other"]]
     # What was trained on these very labels knows them; the neighbour's of the same window does not.
     assert found(NIGHT, dataset_window=1) == [numbers["other"], numbers["day"]]
     assert set(found(None)) == set(numbers.values())
@@ -288,7 +290,7 @@ def collect(run: Simulation) -> list[Output]:
 
 
 def test_models_that_serve_or_may_again_are_never_tidied_away() -> None:
-    run, _ = two_scenes()
+    run, _ = two_scenes(zoo=ZooConfig(max_mb=100.0))
     tidied = [output for output in collect(run) if isinstance(output, Tidy)]
     assert len(tidied) == 6
     state = run.coordinator.state
@@ -300,7 +302,7 @@ def test_models_that_serve_or_may_again_are_never_tidied_away() -> None:
 
 
 def test_a_scene_that_comes_back_gets_its_old_model_back_at_once_and_the_gate_judges_it() -> None:
-    run, world = two_scenes()
+    run, world = two_scenes(zoo=ZooConfig(max_mb=100.0))
     run.run()
     taken = [job for job in world.jobs if job.config.epochs == 0]
     assert taken, [job.config.config_id for job in world.jobs]
@@ -328,7 +330,7 @@ def test_what_is_kept_and_what_is_given_up_is_told() -> None:
 
 
 def test_without_a_zoo_nothing_is_kept_looked_at_or_deleted() -> None:
-    run, world = two_scenes(zoo=ZooConfig(max_mb=0.0))
+    run, world = two_scenes()  # the default
     outputs = collect(run)
     assert run.coordinator.state.zoo.models == []
     assert all(job.start is None for job in world.jobs)
@@ -336,7 +338,7 @@ def test_without_a_zoo_nothing_is_kept_looked_at_or_deleted() -> None:
 
 
 def test_the_zoo_survives_a_restart_and_a_new_run() -> None:
-    run, _ = two_scenes(num_windows=4)
+    run, _ = two_scenes(num_windows=4, zoo=ZooConfig(max_mb=100.0))
     run.run()
     state = run.coordinator.state
     copy = msgspec.msgpack.decode(msgspec.msgpack.encode(state), type=SiteState)
