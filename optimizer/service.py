@@ -121,10 +121,13 @@ class Service:
         """Where clients subscribe."""
         return self._hub.subscribe_address
 
-    def stop(self, reason: str) -> None:
-        """End the loop soon; safe in a signal handler. Executors go on serving."""
+    def stop(self, reason: str) -> bool:
+        """End the loop soon; safe in a signal handler. Executors go on serving. False when it has ended already."""
+        if self._wake_write < 0:
+            return False
         self._stopping = reason
         os.write(self._wake_write, b"x")
+        return True
 
     # ------------------------------------------------------------ the loop
 
@@ -307,8 +310,10 @@ class Service:
         self._server.close()
         self._hub.close()
         self._context.destroy(linger=0)
-        os.close(self._wake_read)
-        os.close(self._wake_write)
+        wake_read, wake_write = self._wake_read, self._wake_write
+        self._wake_read = self._wake_write = -1  # a signal may still come
+        os.close(wake_read)
+        os.close(wake_write)
 
     # ------------------------------------------------------------ clocks
 
@@ -348,11 +353,12 @@ def _restore(state: SiteState | None, site: SiteConfig) -> tuple[SiteState, bool
 
 
 def install_stop_signals(service: Service) -> None:
-    """SIGINT and SIGTERM end the loop in an orderly way; a second one ends it at once."""
+    """SIGINT and SIGTERM end the loop in an orderly way; a second one, or one after it, ends the process at once."""
 
     def handler(number: int, _frame: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
-        service.stop(signal.Signals(number).name)
+        if not service.stop(signal.Signals(number).name):
+            os.kill(os.getpid(), number)
 
     signal.signal(signal.SIGINT, handler)
     signal.signal(signal.SIGTERM, handler)
