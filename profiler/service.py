@@ -142,6 +142,7 @@ class SiteProfiler:
             drift=likely_drift(last_mix, dataset, history) if drift is None else drift,
             price=price or 0.0,
             wait_share=wait_share,
+            slowness=site.slowness,
         )
 
     def estimate(self, spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from profiler.costs import FIXED_S, CostModel, GroupKey, cost_model, group_key, neighbour_cost
 from profiler.records import ConfigEstimate, StreamHistory, TrialChoice, WindowHistory
+from profiler.slowness import Slowness
 from profiler.worth import mix_distance, trial_worths
 from protocol.schema import DatasetRef, InferenceConfig, Record, RetrainConfig
 
@@ -82,6 +83,7 @@ class Prospect(Record, frozen=True, kw_only=True):
     ``expected``: estimates from history alone; ``accuracy_now``: of the serving model, as far as is known. ``drift``:
     how much the stream has changed, 0 to 1. ``price``: accuracy-seconds that a GPU-second is worth elsewhere.
     ``wait_share``: the share at which trials run while the stream's retraining waits for them; None = nothing waits.
+    ``slowness``: what the clock adds to busy seconds.
     """
 
     expected: tuple[ConfigEstimate, ...]
@@ -90,13 +92,14 @@ class Prospect(Record, frozen=True, kw_only=True):
     drift: float = 0.0
     price: float = 0.0
     wait_share: float | None = None
+    slowness: Slowness = Slowness()
 
     def cost(self, seconds: float) -> float:
         """Window-averaged accuracy that a trial of so many busy seconds costs, elsewhere and by being waited for."""
         waiting = 0.0
         if self.wait_share is not None:
             gain = max((row.accuracy_after - self.accuracy_now for row in self.expected), default=0.0)
-            waiting = max(0.0, gain) / self.wait_share
+            waiting = max(0.0, gain) * self.slowness.factor / self.wait_share
         return (self.price + waiting) * seconds / self.window_s
 
 

@@ -10,6 +10,7 @@ import pytest
 from profiler.costs import CostModel, group_key
 from profiler.intervals import PastError, Z, factor
 from profiler.records import ConfigEstimate
+from profiler.slowness import Slowness
 from profiler.trials import Budget, Prospect, TrialKnobs, worth_trying
 from profiler.worth import LUCK, expected_gain, mix_distance, trial_worths
 from protocol.schema import DatasetRef, RetrainConfig
@@ -97,6 +98,10 @@ def test_a_trial_that_a_retraining_waits_for_costs_what_the_stream_loses_meanwhi
     waited = prospect(row("a", 0.001, 0.8, 0.05), row("b", 0.002, 0.7, 0.05), wait_share=0.2)
     # 4 s at a fifth of a GPU are 20 s of 200 without the 0.2 that the best one is expected to bring.
     assert waited.cost(4.0) == pytest.approx(0.2 * 20.0 / 200.0)
+    busy = Prospect(
+        expected=waited.expected, accuracy_now=0.6, window_s=200.0, wait_share=0.2, slowness=Slowness(factor=2.0)
+    )
+    assert busy.cost(4.0) == pytest.approx(2 * waited.cost(4.0)), "on a busy machine a trial takes twice as long"
     hopeless = prospect(row("a", 0.001, 0.5, 0.05), wait_share=0.2)
     assert hopeless.cost(4.0) == 0.0, "nothing is lost by waiting where nothing helps"
     assert prospect(row("a", 0.001, 0.8, 0.05), wait_share=0.2, price=1.0).cost(4.0) > waited.cost(4.0)
