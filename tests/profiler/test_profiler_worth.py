@@ -88,8 +88,8 @@ def test_a_price_on_gpu_seconds_takes_a_dear_configuration_out_of_the_race() -> 
     assert worths(*rows, price=1.0)["dear"] < worths(*rows)["dear"]
 
 
-def prospect(*rows: ConfigEstimate, **changes: float) -> Prospect:
-    return Prospect(expected=rows, accuracy_now=0.6, window_s=200.0, **changes)
+def prospect(*rows: ConfigEstimate, wait_share: float | None = None, price: float = 0.0) -> Prospect:
+    return Prospect(expected=rows, accuracy_now=0.6, window_s=200.0, wait_share=wait_share, price=price)
 
 
 def test_a_trial_that_a_retraining_waits_for_costs_what_the_stream_loses_meanwhile() -> None:
@@ -111,7 +111,7 @@ def test_a_trial_that_a_retraining_waits_for_costs_what_the_stream_loses_meanwhi
 def test_what_is_not_worth_waiting_for_is_not_tried(wait_share: float | None) -> None:
     rows = row("a", 0.001, 0.80, 0.08), row("b", 0.002, 0.78, 0.08)
     costs = {group_key(r.config): COST for r in rows}
-    expected = prospect(*rows) if wait_share is None else prospect(*rows, wait_share=wait_share)
+    expected = prospect(*rows, wait_share=wait_share)
     dataset = DatasetRef(path="d", stream_id="s", window=1, num_train=300, num_validation=60, class_counts=(150, 150))
     found = worth_trying(list(costs), expected, costs, dataset, 64, 4, TrialKnobs())
     assert bool(found) == (wait_share != 0.01), "at a hundredth of a GPU a trial costs more than it can bring"
