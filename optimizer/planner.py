@@ -38,14 +38,16 @@ _PACKING_S = (0.0, 2e-4)  # what a policy takes to pack and judge its last plan,
 # beyond that tells how busy the machine is.
 _PACE_S = {
     "last plan repaired": 8e-5,
-    "cheapest": 6e-5,
+    "cheapest": 1.2e-4,
     "fair": 4e-4,
-    "marginal": 4e-4,
+    "marginal": 5e-4,
     "serving only": 3e-4,
     "thief": 1.4e-3,
 }
-# The least that a policy takes that is asked in this process, seconds per stream; of others, that of the thief.
-_LEAST_PACE_S = {"fair": 4e-4, "marginal": 4e-4, "uniform": 2.5e-4, "thief": 7e-4}
+# The least that a policy takes that is asked in this process, seconds per stream, and of all others. The thief begins
+# with uniform plans where time is short.
+_LEAST_PACE_S = {"fair": 4e-4, "marginal": 4e-4, "uniform": 2.5e-4, "thief": 2.5e-4}
+_OTHER_PACE_S = 7e-4
 _LEAST_S = 2e-3
 _PATIENCE = 0.25  # of the deadline, that a child has to leave a dropped question
 _CAUTION = 1.5  # incumbents are begun if so many times their usual time is left
@@ -268,8 +270,8 @@ class Planner:
         problem = question.planned
         if not self._entry.exact and not self._entry.solver:
             policy = get_policy(self.policy_name)
-            family = self.policy_name.partition(":")[0]
-            least_s = _LEAST_S + _LEAST_PACE_S.get(family, _LEAST_PACE_S["thief"]) * len(problem.streams)
+            family = "uniform" if self.policy_name.startswith("uniform:") else self.policy_name
+            least_s = _LEAST_S + _LEAST_PACE_S.get(family, _OTHER_PACE_S) * len(problem.streams)
             left_s = question.deadline_s - self._clock() - _of(_JUDGING_S, problem)
             if left_s >= least_s:
                 self._attempt(question, self.policy_name, lambda: policy(problem, left_s - _of(_PACKING_S, problem)))
