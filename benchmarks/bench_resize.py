@@ -359,9 +359,8 @@ def main() -> int:
     if "shares" in wanted:
         _print_shares(console, [name for name in names if name != "replacement"])
     if "resize" in wanted:
-        _print_changes(
-            console, [measure_resize(name, 15 if name == "replacement" else 50, 0.5) for name in names], "changes"
-        )
+        for name in names:
+            _print_changes(console, [measure_resize(name, 15 if name == "replacement" else 50, 0.5)], "changes")
     if "swap" in wanted:
         _print_changes(console, [measure_swaps("cgroup", 200, 0.15)], "swaps")
     return 0

@@ -383,13 +383,44 @@ def _explain(text: str) -> str:
         keys = ", ".join(sorted(_keys_at(where)))
         place = f" in {where}" if where else ""
         return f"unknown key {unknown[1]!r}{place}; allowed: {keys}"
+    wrong = re.search(r"[Ii]nvalid (?:enum )?value '([^']*)'", what)
+    if wrong and (allowed := _values_at(where)):
+        return f"{where}: {wrong[1]!r} is not known; allowed: {', '.join(allowed)}"
+    if "matching regex" in what:
+        return f"{where}: letters, digits, '.', '_' and '-' are allowed, a letter or a digit first"
     missing = re.search(r"missing required field `([^`]*)`", what)
     if missing:
         return f"{where + '.' if where else ''}{missing[1]} is missing"
     return f"{where}: {what[:1].lower()}{what[1:]}" if where else what
 
 
+def _values_at(where: str) -> list[str]:
+    """The words that may stand at a key: those of a choice, or the kinds of a union of tables."""
+    holder, _, key = where.rpartition(".")
+    allowed: list[str] = []
+    for kind in _kinds_at(holder):
+        if not _is_struct(kind):
+            continue
+        tag = kind.__struct_config__
+        if tag.tag and tag.tag_field == key:
+            allowed.append(str(tag.tag))
+        for field in msgspec.structs.fields(kind):
+            if field.name == key:
+                allowed += [str(value) for leaf in _leaves(field.type) for value in typing.get_args(leaf)]
+    return allowed
+
+
 def _keys_at(where: str) -> set[str]:
+    kinds = _kinds_at(where)
+    keys = {field.name for kind in kinds if _is_struct(kind) for field in msgspec.structs.fields(kind)}
+    keys |= {kind.__struct_config__.tag_field for kind in kinds if _is_struct(kind) and kind.__struct_config__.tag}
+    if kinds == [SiteConfig]:
+        keys.add("stream_defaults")
+    return keys
+
+
+def _kinds_at(where: str) -> list[Any]:
+    """The types that may stand at a place of a site file."""
     kinds: list[Any] = [SiteConfig]
     for part in re.findall(r"[A-Za-z_]\w*|\[[^\]]*\]", where):
         if part.startswith("["):
@@ -402,11 +433,7 @@ def _keys_at(where: str) -> set[str]:
                 if field.name == part
             ]
         kinds = [leaf for kind in kinds for leaf in _leaves(kind)]
-    keys = {field.name for kind in kinds if _is_struct(kind) for field in msgspec.structs.fields(kind)}
-    keys |= {kind.__struct_config__.tag_field for kind in kinds if _is_struct(kind) and kind.__struct_config__.tag}
-    if kinds == [SiteConfig]:
-        keys.add("stream_defaults")
-    return keys
+    return kinds
 
 
 def _leaves(kind: Any) -> list[Any]:
