@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from protocol.schema import TorchvisionGolden
 
 GOLDEN = "fasterrcnn_mobilenet_v3_large_320_fpn"
 DEFAULT_WINDOWS = 4
+_LINE_S = 10.0  # between lines of progress where there is no terminal
 STREET_CLASSES = ("person", "bicycle", "car", "motorcycle", "bus", "truck")
 
 
@@ -177,7 +179,7 @@ def _ask(request: dict[str, object], console: Console, what: str) -> _Video:
     assert process.stdin is not None
     assert process.stdout is not None
     assert process.stderr is not None
-    last = ""
+    last, next_line_s = "", time.monotonic()
     try:
         process.stdin.write(msgspec.json.encode(request))
         process.stdin.close()
@@ -187,6 +189,9 @@ def _ask(request: dict[str, object], console: Console, what: str) -> _Video:
                 if text.startswith("progress "):
                     done, total = text.split()[1:3]
                     status.update(f"{what}: {done} of {total} frames")
+                    if not console.is_terminal and time.monotonic() >= next_line_s:
+                        next_line_s = time.monotonic() + _LINE_S
+                        console.print(f"{what}: {done} of {total} frames", highlight=False, soft_wrap=True)
                 elif text:
                     last = text
         answer = process.stdout.read()
