@@ -62,7 +62,8 @@ class LocalExecutors:
         for device in devices:
             log_file = (log_folder / f"executor-{device.replace(':', '')}.log").open("ab")
             self._logs.append(log_file)
-            command = [sys.executable, "-m", "executor.cli", "--device", device, "--connect", address]
+            # On a machine that is busy an optimizer may take its time; these end with it in any case.
+            command = [sys.executable, "-m", "executor.cli", "--device", device, "--connect", address, "--wait", "0"]
             # A group of their own: Ctrl-C reaches the optimizer, which then stops them in order.
             process = subprocess.Popen(
                 command,
