@@ -169,7 +169,7 @@ class Site:
 
     def close(self) -> None:
         self.process.send_signal(signal.SIGTERM)
-        self.process.wait(20.0)
+        self.process.wait(60.0)  # a busy machine may not let it run for a while
         self.optimizer.close()
 
 
