@@ -304,7 +304,15 @@ def _check(site: SiteConfig, origin: str) -> None:
             for path in (path for clip in stream.source.clips for path in (clip.video, clip.samples)):
                 if not Path(path).is_file():
                     raise ConfigError(f"{where}: {path} is not there; paths are relative to the site file")
+            for number, clip in enumerate(stream.source.clips):
+                if clip.last_frame is not None and clip.last_frame < clip.first_frame:
+                    raise ConfigError(
+                        f"{where}: source.clips[{number}]: last_frame = {clip.last_frame} lies before first_frame = "
+                        f"{clip.first_frame}"
+                    )
             for coco, name in stream.source.class_map.items():
+                if not re.fullmatch(r"[0-9]+", coco):
+                    raise ConfigError(f"{where}: class_map {coco!r}: recorded video has COCO ids, whole numbers")
                 if name and name not in stream.classes:
                     allowed = ", ".join(stream.classes)
                     raise ConfigError(f"{where}: class_map {coco!r} = {name!r} is no class of it; allowed: {allowed}")

@@ -80,6 +80,12 @@ def test_a_good_file_loads_with_defaults_and_absolute_paths(tmp_path: Path) -> N
         ),
         (", seed = 3", "", ["streams[0].source.seed", "missing"]),
         ('stream_id = "lot"', 'stream_id = "gate"', ["stream_id", "'gate'", "twice"]),
+        ('3 = "car"', 'auto = "car"', ["'lot'", "class_map 'auto'", "COCO ids"]),
+        (
+            'clips/a.csv"',
+            'clips/a.csv", first_frame = 9, last_frame = 5',
+            ["clips[0]", "last_frame = 5", "first_frame = 9"],
+        ),
         ('3 = "car"', '3 = "truck"', ["'lot'", "class_map", "'truck'", "person, car"]),
         ('classes = ["person", "car"]', 'classes = ["car", "car"]', ["classes"]),
         ("epochs = 5", "epochs = 0", ["retrain[0].epochs"]),
