@@ -88,7 +88,7 @@ def test_a_good_file_loads_with_defaults_and_absolute_paths(tmp_path: Path) -> N
         ),
         ('3 = "car"', '3 = "truck"', ["'lot'", "class_map", "'truck'", "person, car"]),
         ('classes = ["person", "car"]', 'classes = ["car", "car"]', ["classes"]),
-        ("epochs = 5", "epochs = 0", ["retrain 'all'", "epochs must be at least 1"]),
+        ("epochs = 5", "epochs = 0", ["retrain[0].epochs"]),
         ("epochs = 5", "epochs = 5\nlearning_rat = 1", ["'learning_rat'", "learning_rate"]),
         ('stream_id = "lot"', 'stream_id = "lot"\ntask = "sing"', ["task", "'sing'", "classification, detection"]),
         ('stream_id = "lot"', 'stream_id = "../lot"', ["stream_id", "letters, digits"]),
