@@ -369,7 +369,7 @@ class Planner:
             notes.append(f"the bound {bound:.4f} does not hold for this plan")
             bound = None
         if bound is not None:
-            bound = max(bound, value)
+            bound = max(min(bound, 1.0), value)  # no accuracy is above 1, which not every relaxation knows
             gap = (bound - value) / bound if bound > 0.0 else 0.0
         return SolveReport(
             policy=best.method,
