@@ -175,9 +175,7 @@ class Coordinator:
     def _measured_demand(self, stream: StreamState, event: StreamAccuracy) -> None:
         """A stream that drops frames because it needs more than was profiled is planned anew."""
         executor = self.executors.get(stream.serving_executor)
-        job_id = serving_job_id(stream.stream_id)
-        workers = executor.workers if executor is not None and not stream.leaving else ()
-        worker = next((w for w in workers if w.job_id == job_id and w.state == "ready"), None)
+        worker = None if stream.leaving else moving.serving_worker(stream, self.executors)
         demands.remember(stream, event, worker, executor.gpu.speed if executor is not None else 1.0)
         if self.state.phase == "executing" and demands.newly_short(stream):
             more = demands.besides(stream, event.inference_id)

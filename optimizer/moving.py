@@ -14,6 +14,7 @@ from optimizer.config import SiteConfig
 from optimizer.following import serving_job_id
 from optimizer.state import ExecutorState, Moving, SiteState, StreamState
 from protocol.events import WorkerChanged
+from protocol.messages import WorkerStatus
 from protocol.schema import StreamSpec
 
 _PRIOR = 2.0
@@ -23,11 +24,17 @@ _REMEMBERED = 20
 _LONGEST_S = 60.0
 
 
-def is_ready(stream: StreamState, executors: Mapping[str, ExecutorState]) -> bool:
-    """Whether the place where a stream is to be served says that its worker serves."""
+def serving_worker(stream: StreamState, executors: Mapping[str, ExecutorState]) -> WorkerStatus | None:
+    """The worker that serves a stream where it is to be served; None while it is not ready, or not heard of."""
     home = executors.get(stream.serving_executor)
     job_id = serving_job_id(stream.stream_id)
-    return home is not None and any(w.job_id == job_id and w.state == "ready" for w in home.workers)
+    workers = () if home is None else home.workers
+    return next((w for w in workers if w.job_id == job_id and w.state == "ready"), None)
+
+
+def is_ready(stream: StreamState, executors: Mapping[str, ExecutorState]) -> bool:
+    """Whether the place where a stream is to be served says that its worker serves."""
+    return serving_worker(stream, executors) is not None
 
 
 def note_moves(state: SiteState, executors: Mapping[str, ExecutorState], now: float) -> None:

@@ -180,10 +180,8 @@ def _best_moment(
     return best
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_small_problems_are_solved_as_well_as_by_brute_force_over_schedules(seed: int) -> None:
-    problem = small_problem(seed)
-    best = brute_force(problem)
+def assert_solved_as_well_as(problem: Problem, best: float) -> None:
+    """``best``: by brute force, -inf where no plan is feasible."""
     plan = timeline(problem, 20.0, target_gap=1e-9)
     verdict = judge(problem, plan)
     if best == -math.inf:
@@ -193,6 +191,12 @@ def test_small_problems_are_solved_as_well_as_by_brute_force_over_schedules(seed
     assert verdict.value == pytest.approx(best, abs=1e-7)
     assert plan.report.bound is not None
     assert plan.report.bound >= best - 1e-9
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_small_problems_are_solved_as_well_as_by_brute_force_over_schedules(seed: int) -> None:
+    problem = small_problem(seed)
+    assert_solved_as_well_as(problem, brute_force(problem))
 
 
 @pytest.mark.parametrize("capacity", [4, 5, 7, 10])

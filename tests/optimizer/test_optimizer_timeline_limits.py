@@ -23,14 +23,13 @@ from optimizer.execution import (
 from optimizer.objective import attainable_floor, judge
 from optimizer.policies.ladder import timeline_or_static
 from optimizer.policies.milp import milp
-from optimizer.policies.timeline import timeline
 from optimizer.policies.timeline_bound import descend, opening_grid, opening_prices
 from optimizer.policies.timeline_model import build_model
 from optimizer.policies.timeline_pricing import Pricer
 from optimizer.problems import random_problem, with_limits
 from protocol.plan import CloudProfile, Problem, RetrainProfile
 from protocol.schema import LinkSpec
-from tests.optimizer.test_optimizer_timeline_exact import _orders, small_problem
+from tests.optimizer.test_optimizer_timeline_exact import _orders, assert_solved_as_well_as, small_problem
 
 
 class Picked(NamedTuple):
@@ -172,16 +171,7 @@ def brute_force(problem: Problem) -> float:
 @pytest.mark.parametrize("seed", range(48))
 def test_small_problems_with_limits_are_solved_as_well_as_by_brute_force_over_schedules(seed: int) -> None:
     problem = limited_problem(seed)
-    best = brute_force(problem)
-    plan = timeline(problem, 20.0, target_gap=1e-9)
-    verdict = judge(problem, plan)
-    if best == -math.inf:
-        assert not verdict.feasible
-        return
-    assert verdict.feasible, verdict.violations
-    assert verdict.value == pytest.approx(best, abs=1e-7)
-    assert plan.report.bound is not None
-    assert plan.report.bound >= best - 1e-9
+    assert_solved_as_well_as(problem, brute_force(problem))
 
 
 @pytest.mark.parametrize("seed", range(6))
