@@ -4,10 +4,14 @@
     --variants timeline,milp         two policies
     --variants calibrated,profiling.when=before      an option of the site file; its value as it is, or in quotes
 
-Per seed both variants run at the same time, each on cores of its own (``--run-cores``, the executor on the first of
-them), so that whatever else the machine does meets both. A seed changes the cameras of a procedural site, or where a
-recorded one begins (``start_s``). Prints accuracy per seed, the mean difference with its 95 % interval (Student's t,
-over seeds), frames dropped and GPU-seconds of trials. ``--json FILE`` keeps what is done; a second call goes on there.
+    --variants timeline,milp,paper   three; every other one is compared with the first
+
+Per seed the variants run at the same time, each on cores of its own (``--run-cores``, the executor on the first of
+them), so that whatever else the machine does meets all; those that differ in nothing but the policy run one after the
+other from the same first models instead (``--apart``: at the same time as well). A seed changes the cameras of a
+procedural site, or where a recorded one begins (``start_s``). Prints accuracy per seed, the mean difference with its
+95 % interval (Student's t, over seeds), frames dropped and GPU-seconds of trials. ``--json FILE`` keeps what is done; a
+second call goes on there.
 """
 
 from __future__ import annotations
@@ -90,15 +94,33 @@ def _with_option(text: str, option: str) -> str:
     return "\n".join(out[:-1]) + "\n"
 
 
-def run(site: Path, variant: str, seed: int, windows: int, cores: tuple[int, ...], folder: Path) -> Outcome:
-    """Run one variant on ``cores``. RuntimeError with what it said when it fails."""
-    out = folder / f"{site.stem}-{variant}-{seed}"
-    option = variant if "=" in variant else ""
-    policy = "timeline" if variant in PROFILING or option else variant
-    profiling = ["--profiling", variant] if variant in PROFILING else []
+def policy_of(variant: str) -> str:
+    """The policy that a variant runs under."""
+    return "timeline" if variant in PROFILING or "=" in variant else variant
+
+
+def groups_of(variants: tuple[str, ...], apart: bool) -> list[tuple[str, ...]]:
+    """Variants that share their first models: policies alone differ, and no policy comes twice."""
+    policies = tuple(v for v in variants if policy_of(v) == v or v == "calibrated")
+    names = [policy_of(v) for v in policies]
+    if apart or len(set(names)) < len(names):
+        return [(v,) for v in variants]
+    return [g for g in [policies, *((v,) for v in variants if v not in policies)] if g]
+
+
+def run(
+    site: Path, variants: tuple[str, ...], seed: int, windows: int, cores: tuple[int, ...], folder: Path
+) -> list[Outcome]:
+    """Run the variants of a group on ``cores``. RuntimeError with what was said when it fails."""
+    first = variants[0]
+    out = folder / f"{site.stem}-{first}-{seed}"
+    option = first if "=" in first else ""
+    policies = [policy_of(variant) for variant in variants]
+    profiling = ["--profiling", first] if first in PROFILING else []
     command = [sys.executable, "-m", "optimizer.cli", "experiment", str(seeded(site, seed, folder, option)), *profiling]
-    command += ["--policies", policy, "--windows", str(windows), "--out", str(out), "--devices", f"cpu:{cores[0]}"]
-    limit_s = _MOST_S_BEFORE + windows * _MOST_S_PER_WINDOW
+    command += ["--policies", ",".join(policies), "--windows", str(windows)]
+    command += ["--out", str(out), "--devices", f"cpu:{cores[0]}"]
+    limit_s = _MOST_S_BEFORE + len(policies) * windows * _MOST_S_PER_WINDOW
     ended = subprocess.run(
         command,
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
@@ -108,10 +130,12 @@ def run(site: Path, variant: str, seed: int, windows: int, cores: tuple[int, ...
         check=False,
     )
     if ended.returncode != 0:
-        raise RuntimeError(
-            f"{variant}, seed {seed}: exit code {ended.returncode}\n{ended.stdout[-2000:]}{ended.stderr[-2000:]}"
-        )
-    return outcome(site.stem, variant, seed, out / policy / "events.jsonl")
+        said = f"{ended.stdout[-2000:]}{ended.stderr[-2000:]}"
+        raise RuntimeError(f"{', '.join(variants)}, seed {seed}: exit code {ended.returncode}\n{said}")
+    return [
+        outcome(site.stem, variant, seed, out / policy / "events.jsonl")
+        for variant, policy in zip(variants, policies, strict=True)
+    ]
 
 
 def outcome(site: str, variant: str, seed: int, path: Path) -> Outcome:
@@ -149,19 +173,12 @@ def outcome(site: str, variant: str, seed: int, path: Path) -> Outcome:
 def show(outcomes: list[Outcome], variants: tuple[str, ...], console: Console) -> None:
     """Accuracy per seed, and the mean paired difference with its interval."""
     table = Table(title=f"{outcomes[0].site}: window-averaged accuracy in %")
-    for name in ("seed", *variants, "difference", "windows"):
+    for name in ("seed", *variants, "windows"):
         table.add_column(name, justify="right")
-    differences = []
     by = {(o.seed, o.variant): o for o in outcomes}
     for seed in sorted({o.seed for o in outcomes}):
         found = [by.get((seed, variant)) for variant in variants]
         cells = ["-" if o is None else f"{100 * o.accuracy:.1f}" for o in found]
-        first, second = found[0], found[-1]
-        if first is not None and second is not None:
-            differences.append(100 * (first.accuracy - second.accuracy))
-            cells.append(f"{differences[-1]:+.1f}")
-        else:
-            cells.append("-")
         windows = (" ".join(f"{100 * a:.0f}" for a in o.per_window) for o in found if o is not None)
         table.add_row(str(seed), *cells, " | ".join(windows))
     console.print(table)
@@ -175,10 +192,15 @@ def show(outcomes: list[Outcome], variants: tuple[str, ...], console: Console) -
                 f"{statistics.fmean(o.retrained for o in mine):.1f} retrainings, "
                 f"trials {statistics.fmean(o.trial_gpu_s for o in mine):.2f} GPU-s per window"
             )
-    if len(differences) > 1:
-        n, mean = len(differences), statistics.fmean(differences)
-        half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
-        console.print(f"{variants[0]} - {variants[-1]}: {mean:+.2f} +- {half:.2f} points over {n} seeds (95 %)")
+    first = {o.seed: o.accuracy for o in outcomes if o.variant == variants[0]}
+    for variant in variants[1:]:
+        pairs = [(first[o.seed], o.accuracy) for o in outcomes if o.variant == variant and o.seed in first]
+        if len(pairs) > 1:
+            differences = [100 * (ours - theirs) for ours, theirs in pairs]
+            n, mean = len(differences), statistics.fmean(differences)
+            half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(differences) / n**0.5
+            each = ", ".join(f"{d:+.1f}" for d in differences)
+            console.print(f"{variants[0]} - {variant}: {mean:+.2f} +- {half:.2f} points over {n} seeds (95 %): {each}")
 
 
 def main() -> int:
@@ -191,6 +213,9 @@ def main() -> int:
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--cores", default=",".join(str(c) for c in sorted(os.sched_getaffinity(0))))
     parser.add_argument("--run-cores", type=int, default=1, help="cores of one run (1)")
+    parser.add_argument(
+        "--apart", action="store_true", help="policies side by side too, each with first models of its own"
+    )
     parser.add_argument("--json", type=Path, default=None, help="keep outcomes here, go on with what is missing")
     options = parser.parse_args()
     variants = tuple(options.variants.split(","))
@@ -204,23 +229,27 @@ def main() -> int:
         done = msgspec.json.decode(options.json.read_bytes(), type=list[Outcome])
     seeds = range(options.first, options.first + options.seeds)
     there = {(o.site, o.seed, o.variant) for o in done}
-    wanted = [(s, v) for s in seeds for v in variants if (options.site.stem, s, v) not in there]
+    groups = groups_of(variants, options.apart)
+    missing = [(s, tuple(v for v in g if (options.site.stem, s, v) not in there)) for s in seeds for g in groups]
+    wanted = [(seed, group) for seed, group in missing if group]
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, lanes.qsize())) as pool:
 
-        def one(seed: int, variant: str) -> Outcome:
+        def one(seed: int, group: tuple[str, ...]) -> list[Outcome]:
             lane = lanes.get()
             try:
-                return run(options.site, variant, seed, options.windows, lane, Path(folder))
+                return run(options.site, group, seed, options.windows, lane, Path(folder))
             finally:
                 lanes.put(lane)
 
-        for future in [pool.submit(one, seed, variant) for seed, variant in wanted]:
+        for future in [pool.submit(one, seed, group) for seed, group in wanted]:
             try:
-                done.append(future.result())
+                found = future.result()
             except (RuntimeError, subprocess.TimeoutExpired) as error:
                 console.print(str(error), markup=False)
                 continue
-            console.print(f"seed {done[-1].seed} {done[-1].variant}: {100 * done[-1].accuracy:.1f} %")
+            for one_run in found:
+                console.print(f"seed {one_run.seed} {one_run.variant}: {100 * one_run.accuracy:.1f} %")
+            done += found
             if options.json is not None:
                 options.json.write_bytes(msgspec.json.format(msgspec.json.encode(done)))
     mine = [o for o in done if o.site == options.site.stem and o.variant in variants]
