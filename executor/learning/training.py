@@ -6,6 +6,10 @@ The mix is the same in every batch: what a crop costs does not depend on luck, a
 What is measured and kept is a running mean of the weights over about an epoch (Polyak averaging). Single epochs
 on a few hundred crops go up and down by ten points and more; their mean is both better and steadier, without a
 learning rate schedule that would tie the first epochs to how many are to come.
+
+A classifier then goes only part of the way from the model that it began from to that mean (interpolated weights,
+Wortsman et al., CVPR 2022, "Robust fine-tuning"). A window's labels are of a handful of road users in one light: all
+the way is better on them and worse on those that come next.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -32,6 +36,9 @@ _MIN_EDGE = 8
 _MIN_GROUP = 4  # batch statistics of fewer crops are noise
 _VALIDATION_BATCH = 64
 _BRIGHTNESS = 0.2
+_CROP_BRIGHTNESS = 2.0  # the largest factor, and one over it the smallest: dusk is a drift that comes every day
+_CROP_CONTRAST = 0.3
+_WAY = 0.6  # measured: docs/learning.md
 _MIN_HORIZON = 8  # batches
 _DIVERGED_LOSS = 100.0  # times ln(num_classes), the loss of guessing
 
@@ -134,8 +141,10 @@ class Trainer(ABC):
     """Trains ``student`` in place with ``config``; Adam, fixed seed. ``average`` is the result.
 
     Examples are drawn with replacement and with probabilities in proportion to ``weight`` (N,), and looked at with
-    ``edges``. A loss above ``diverged_loss`` has run away.
+    ``edges``. A loss above ``diverged_loss`` has run away. ``way``: how far to go from a model that was trained before.
     """
+
+    way: ClassVar[float] = 1.0
 
     def __init__(
         self,
@@ -154,11 +163,21 @@ class Trainer(ABC):
         self._num_batches = 0
         self.average = copy.deepcopy(student).eval()
         self._pairs = _moving(self.average, student)
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # of average: itself, where it began, the running mean
         self._horizon = max(_MIN_HORIZON, math.ceil(len(weight) / config.batch_size))
         parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
         self._edges = edges
         self._diverged_loss = diverged_loss
+
+    def begin_from(self, base: Student | None) -> None:
+        """Before the first epoch: the student is a copy of ``base``, and ``average`` stays part of the way with it.
+
+        All of the way is gone by a new student (None), and by one with a new head, which has nothing to keep.
+        """
+        if self.way < 1.0 and base is not None and base.has_head(self._student.num_classes, self._student.head_width):
+            self._parts = [(part, part.clone(), part.clone()) for part, _ in self._pairs]
+            self._pairs = [(mean, value) for (_, _, mean), (_, value) in zip(self._parts, self._pairs, strict=True)]
 
     @abstractmethod
     def evaluate(self, examples: Any, stepper: Stepper | None = None) -> tuple[float, float]:
@@ -184,6 +203,9 @@ class Trainer(ABC):
             self.batch(torch.from_numpy(picked))
             if stepper.step():
                 return True
+        with torch.no_grad():
+            for part, start, mean in self._parts:
+                torch.lerp(start, mean, self.way, out=part)
         return False
 
     def batch(self, picked: Tensor) -> float:
@@ -211,8 +233,10 @@ class Trainer(ABC):
 
     def gain(self, count: int) -> Tensor:
         """Random brightness per example, float (count, 1, 1, 1) on the device."""
-        gain = self._draw.uniform(1.0 - _BRIGHTNESS, 1.0 + _BRIGHTNESS, count).astype(np.float32)
-        return torch.from_numpy(gain).to(self._device.torch_device).view(-1, 1, 1, 1)
+        return self._factors(self._draw.uniform(1.0 - _BRIGHTNESS, 1.0 + _BRIGHTNESS, count))
+
+    def _factors(self, factors: NDArray[np.float64]) -> Tensor:
+        return torch.from_numpy(factors.astype(np.float32)).to(self._device.torch_device).view(-1, 1, 1, 1)
 
     def mirrored(self) -> bool:
         """Whether this group is looked at in the mirror."""
@@ -225,6 +249,8 @@ class CropTrainer(Trainer):
     Crops are drawn with weight 1/sqrt(crops of their class): between the stream's own class mix, which serving wants,
     and equal classes, which keeps the rare ones alive.
     """
+
+    way = _WAY
 
     def __init__(self, student: Student, config: RetrainConfig, crops: CropSet, device: Device, seed: int) -> None:
         self._crops = torch.from_numpy(crops.crops).to(device.torch_device)
@@ -243,11 +269,17 @@ class CropTrainer(Trainer):
         return nn.functional.cross_entropy(logits, self._labels[group])
 
     def _augmented(self, crops: Tensor, edge: int) -> Tensor:
-        """Scaled to ``edge``, brightness changed per crop, half of the groups mirrored; float (n, edge, edge, 3)."""
+        """Scaled to ``edge``, light and contrast changed per crop, half of the groups mirrored.
+
+        Float (n, edge, edge, 3).
+        """
         x = crops.permute(0, 3, 1, 2).float()
         if edge != crops.shape[1]:
             x = nn.functional.interpolate(x, size=(edge, edge), mode="area")
-        x = (x * self.gain(len(crops))).clamp_(0.0, 255.0)
+        x = x * self._factors(np.exp(self._draw.uniform(-1.0, 1.0, len(x)) * math.log(_CROP_BRIGHTNESS)))
+        mean = x.mean(dim=(1, 2, 3), keepdim=True)
+        contrast = self._factors(self._draw.uniform(1.0 - _CROP_CONTRAST, 1.0 + _CROP_CONTRAST, len(x)))
+        x = torch.lerp(mean, x, contrast).clamp_(0.0, 255.0)
         if self.mirrored():
             x = x.flip(3)
         return x.permute(0, 2, 3, 1)

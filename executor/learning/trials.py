@@ -113,6 +113,7 @@ def _retrain_trial(
     part = task.subset(crops.train, min(total, wanted), seed)
     student = task.student_for(config, serving, job.stream, device, seed)
     trainer = task.trainer(student, config, part, device, seed)
+    trainer.begin_from(serving)
     validation = crops.validation
     if trainer.remember(validation, stepper):
         raise _StoppedError

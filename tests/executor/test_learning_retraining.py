@@ -10,6 +10,7 @@ import torch
 
 from executor.learning import checkpoints, datasets, labeling
 from executor.learning.device import Device
+from executor.learning.models import Student
 from executor.learning.retraining import clearly_worse, retrain
 from executor.learning.stepping import FreeStepper
 from executor.learning.task import task_of
@@ -142,6 +143,34 @@ def test_a_head_alone_is_trained_on_features_worked_out_once_with_the_same_resul
     assert accuracy[HeadTrainer] == pytest.approx(accuracy[CropTrainer], abs=0.06)
     # The same number of crops went through the backbone in every epoch; now it is once.
     assert passes[HeadTrainer] == pytest.approx(passes[CropTrainer] / config.epochs, rel=0.05)
+
+
+def test_a_classifier_goes_part_of_the_way_from_the_model_that_it_began_from(
+    store: Path, dataset: DatasetRef, first: CheckpointRef
+) -> None:
+    crops = datasets.load(store, dataset, tiny_source.CLASSES).train
+    serving = checkpoints.load(store, first)[0]
+    task = task_of(STREAM)
+    config = msgspec.structs.replace(FULL, head_width=serving.head_width)
+
+    def trained(base: Student | None, config: RetrainConfig) -> Student:
+        trainer = task.trainer(task.student_for(config, serving, STREAM, CPU, seed=5), config, crops, CPU, 5)
+        trainer.begin_from(base)
+        for _ in range(3):
+            trainer.epoch(FreeStepper())
+        return trainer.average
+
+    whole, part = trained(None, config).state_dict(), trained(serving, config).state_dict()
+    moved = 0
+    for name, start in serving.state_dict().items():
+        if start.is_floating_point():
+            moved += not torch.equal(start, whole[name])
+            assert torch.allclose(part[name], start + CropTrainer.way * (whole[name] - start), atol=1e-5), name
+    assert moved > 5
+    # A new head has nothing to keep, and the blocks behind it fit it alone.
+    wider = msgspec.structs.replace(config, head_width=serving.head_width + 1)
+    alone, beside = trained(None, wider).state_dict(), trained(serving, wider).state_dict()
+    assert all(torch.equal(alone[name], beside[name]) for name in alone)
 
 
 def test_a_stop_while_features_are_worked_out_leaves_no_checkpoint(
