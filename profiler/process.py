@@ -19,8 +19,8 @@ Predictions are the conditional mean and variance. What a trial says, how much t
 estimate without any history is, all follow from the covariance. Its constants were fitted by marginal likelihood to
 the retrainings of two city streams and rounded; three of them, and the two below, were then set on three streams
 (benchmarks/bench_profiler_replay.py names them and reports on others). Since retrainings go only 0.6 of the way
-(executor/learning/training.py), what they add of luck and of drift (``luck``, ``live_reach``, ``live_window``) is 0.6 of
-what was fitted.
+(executor/learning/training.py), what they add of luck and of drift (``luck``, ``live_reach``, ``live_window``) is 0.6
+of what was fitted.
 """
 
 from __future__ import annotations
