@@ -18,8 +18,8 @@ and everything that is added is Gaussian with mean 0. Covariance of two points (
 Predictions are the conditional mean and variance. What a trial says, how much the past counts, and how wide an
 estimate without any history is, all follow from the covariance. Its constants were fitted by marginal likelihood to
 the retrainings of two city streams and rounded; three of them, and the two below, were then set on three streams
-(benchmarks/bench_profiler_replay.py names them and reports on others). Since retrainings go only 0.6 of the way
-(executor/learning/training.py), what they add of luck and of drift (``luck``, ``live_reach``, ``live_window``) is 0.6
+(benchmarks/bench_profiler_replay.py names them and reports on others). Since retrainings go only 0.7 of the way
+(executor/learning/training.py), what they add of luck and of drift (``luck``, ``live_reach``, ``live_window``) is 0.7
 of what was fitted.
 """
 
@@ -84,10 +84,10 @@ class ProcessConstants(Record, frozen=True, kw_only=True):
     length: float = 1.6
     live_site: float = 0.03
     live_stream: float = 0.03
-    live_window: float = 0.06
-    live_reach: float = 0.024
+    live_window: float = 0.07
+    live_reach: float = 0.028
     split_window: float = 0.045
-    luck: float = 0.03
+    luck: float = 0.035
 
 
 CONSTANTS = ProcessConstants()
