@@ -288,7 +288,8 @@ def _jobs(state: WatchState) -> RenderableType:
         first = number == 0 or jobs[number - 1].gpu_id != job.gpu_id
         granted = sum(other.share_granted for other in jobs if other.gpu_id == job.gpu_id)
         achieved = job.share_achieved
-        off = achieved is not None and abs(achieved - job.share_granted) > 0.1 * job.share_granted
+        part = 1.0 if achieved is None else achieved / max(job.share_granted, 1e-9)
+        off = part > 1.1 or (part < 0.9 and job.kind != "inference")  # serving uses what its frames need
         table.add_row(
             f"{job.gpu_id} ({granted:.0%})" if first else "",
             Text(job.kind, style=_KINDS[job.kind]),
