@@ -430,14 +430,14 @@ def main() -> None:
 # ---------------------------------------------------------------- bounds
 
 
-def test_one_hundredth_of_the_cost_is_as_good_as_running_everything_and_knows_its_error() -> None:
+def test_at_one_hundredth_of_the_cost_large_errors_are_no_larger_than_when_running_everything_and_are_known() -> None:
     moments = load()
     replay = calibrated(0.01, moments)
     found = [e for e in replay.run() if e.window >= 4]
     errors = np.array([abs(e.accuracy - e.truth) for e in found])
     exhaustive = np.array([abs(e.accuracy - e.truth) for e in held_out(moments) if e.window >= 4])
     assert replay.cost_since(4) <= 0.01
-    assert float(np.median(errors)) < float(np.median(exhaustive)) + 0.01
+    assert float(np.quantile(errors, 0.9)) < float(np.quantile(exhaustive, 0.9)) + 0.01
     assert 0.7 <= float(np.mean([e <= Z80 * row.error for e, row in zip(errors, found, strict=True)])) <= 0.9
 
 
