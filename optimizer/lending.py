@@ -30,7 +30,7 @@ def lent(jobs: Sequence[Job]) -> list[Job]:
     """
     serving = math.fsum(job.share for job in jobs if isinstance(job, InferenceJob))
     free = 1.0 - _KEPT - math.fsum(job.share for job in jobs)
-    if free < _LEAST or serving <= 0.0:
+    if free < _LEAST - 1e-9 or serving <= 0.0:
         return list(jobs)
 
     def with_part(job: InferenceJob) -> InferenceJob:

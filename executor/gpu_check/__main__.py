@@ -31,7 +31,7 @@ CHECKS: tuple[tuple[str, Check, float, float], ...] = (
     ("cuda_client", cuda_checks.cuda_client, 150.0, 10.0),
     ("mps_start", mps_checks.mps_start, 40.0, 5.0),
     ("mps_attach", mps_checks.mps_attach, 60.0, 5.0),
-    ("mps_table", mps_checks.mps_table, 60.0, 15.0),
+    ("mps_table", mps_checks.mps_table, 120.0, 15.0),
     ("mps_unreachable", mps_checks.mps_unreachable, 30.0, 5.0),
     ("mps_startup", mps_checks.mps_startup, 45.0, 10.0),
     ("mps_hand_over", mps_checks.mps_hand_over, 75.0, 20.0),
