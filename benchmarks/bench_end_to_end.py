@@ -171,7 +171,7 @@ def outcome(site: str, variant: str, seed: int, path: Path) -> Outcome:
 
 
 def show(outcomes: list[Outcome], variants: tuple[str, ...], console: Console) -> None:
-    """Accuracy per seed, and the mean paired difference with its interval."""
+    """Accuracy per seed, and the mean paired difference of the first variant from each other one with its interval."""
     table = Table(title=f"{outcomes[0].site}: window-averaged accuracy in %")
     for name in ("seed", *variants, "windows"):
         table.add_column(name, justify="right")

@@ -201,7 +201,7 @@ def bare_training(connection: Connection, store: str, ref: bytes, fps: float) ->
     crops = random_crops()
     train, validation = crops.train, crops.validation
     trainer: Any = CropTrainer(
-        student, RetrainConfig(config_id="bench", epochs=1, learning_rate=1e-5), train, device, 0
+        student, None, RetrainConfig(config_id="bench", epochs=1, learning_rate=1e-5), train, device, 0
     )
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-5)
     pixels, labels = torch.from_numpy(train.crops), torch.from_numpy(train.labels)
@@ -338,7 +338,7 @@ def crop_costs(architecture: Any) -> tuple[dict[int, float], dict[float, float]]
     training = {}
     for fraction in (1.0, 0.5, 0.0):
         set_trainable(student, fraction)
-        trainer = CropTrainer(student, RetrainConfig(config_id="x", epochs=1), random_crops(), device, 0)
+        trainer = CropTrainer(student, None, RetrainConfig(config_id="x", epochs=1), random_crops(), device, 0)
         student.train()
         training[fraction] = _median_busy_ms(lambda trainer=trainer: trainer.batch(torch.arange(32)), 5) / 32  # type: ignore[misc]
     return inference, training

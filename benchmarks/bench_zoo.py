@@ -72,7 +72,7 @@ from protocol.schema import (
     TrialResult,
 )
 
-BY_STRETCH = memory.choose
+BY_STRETCH, HERD = memory.choose, memory.herd
 Chooser = Callable[[NDArray[np.int64], NDArray[np.int64], memory.Features, int], NDArray[np.int64]]
 
 ROOT = Path(__file__).parent.parent
@@ -489,6 +489,9 @@ def _forgetting(
     spec = msgspec.structs.replace(spec, exemplar_mb=size)
     choosers: dict[str, Chooser] = {"joint herding": joint, "reservoir": Reservoir(seed)}
     memory.choose = choosers.get(choice, BY_STRETCH)  # type: ignore[assignment]
+    if choice == "random by stretch":
+        draw = np.random.default_rng(seed)
+        memory.herd = lambda features, size: draw.permutation(len(features))[:size]
     try:
         with tempfile.TemporaryDirectory() as folder:
             store, source = Path(folder), truth.sources[spec.stream_id]
@@ -532,7 +535,7 @@ def _forgetting(
             again = back + lengths[2] + BLOCK_S, sum(lengths) - BLOCK_S
             return mean(models[-1], *there), mean(models[2], *there), mean(models[-1], *again)
     finally:
-        memory.choose = BY_STRETCH
+        memory.choose, memory.herd = BY_STRETCH, HERD
 
 
 def main() -> None:
@@ -543,7 +546,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--memory", action="store_true", help="study the exemplar memory instead")
     parser.add_argument("--megabytes", default="0,0.1,0.25,1")
-    parser.add_argument("--choices", default="joint herding,reservoir,by stretch")
+    parser.add_argument("--choices", default="joint herding,reservoir,random by stretch,by stretch")
     parser.add_argument("--json", type=Path, help="write all rows there")
     parser.add_argument("--log", type=Path, help="write the events of every run into this folder")
     arguments = parser.parse_args()

@@ -487,6 +487,7 @@ class Service:
             pid=os.getpid(),
             held=self._fence.held,
             workers=self._roster.statuses(),
+            can_resize_live=self.backend.can_resize_live,
         )
 
     def _tell(self, event: TelemetryEvent) -> None:

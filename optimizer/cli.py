@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -371,6 +372,9 @@ def _console() -> Console:
 
 def main() -> None:
     """Console script. Exit code 2: unusable input; 1: something went wrong here; no traceback for either."""
+    # The matrices of an estimate are small, and threads that wait for each other spin on cores that executors serve on.
+    # The library reads it when numpy is first imported, which no command has done yet.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         check_packages()
         app(standalone_mode=True)

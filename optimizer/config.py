@@ -102,7 +102,7 @@ class GateConfig(Record, frozen=True, kw_only=True):
     tie_objects: PositiveInt = 20
     benefit_of_doubt: bool = True
     canary_s: Seconds = 60.0
-    alarm: Annotated[float, msgspec.Meta(gt=0.0, lt=0.5)] = 0.02
+    alarm: Annotated[float, msgspec.Meta(gt=0.0, lt=0.5)] = 0.05
     step_s: PositiveSeconds = 5.0
     label_fps: Annotated[float, msgspec.Meta(gt=0.0)] = 2.0
     share: Share = 0.1

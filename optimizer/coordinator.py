@@ -201,6 +201,7 @@ class Coordinator:
             incarnation=hello.incarnation,
             gpu=hello.gpu,
             backend=hello.share_backend,
+            can_resize_live=hello.can_resize_live,
             device=hello.device,
             applied=hello.held,
             workers=hello.workers,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from optimizer.emitter import Emitter
 from optimizer.following import desired_jobs, stamp_positions
-from optimizer.lending import LIVE_BACKENDS, lent
+from optimizer.lending import lent
 from optimizer.state import ExecutorState, SiteState
 from protocol import messages as m
 from protocol.plan import PlanVersion
@@ -42,7 +42,7 @@ class Dispatcher:
         """One new revision for all whose jobs changed or whose window is over; nothing for the others."""
         state = self._state
         wanted = {
-            executor_id: lent(jobs) if self._executors[executor_id].backend in LIVE_BACKENDS else jobs
+            executor_id: lent(jobs) if self._executors[executor_id].can_resize_live else jobs
             for executor_id, jobs in desired_jobs(state, self._specs, self._executors).items()
         }
         changed = {

@@ -4,7 +4,8 @@ A plan grants serving what it was measured to need; frames come unevenly, and sc
 anew. Half of the frames that four cameras dropped were dropped while a tenth of their GPU and more belonged to nobody.
 Plans, predictions and what retrainings get are as without lending: it is free, and it is promised to nobody.
 
-Only where a share can be changed while a worker runs: under MPS it would take another worker each time.
+Only where an executor says that a share can be changed while a worker runs (``Hello.can_resize_live``): under MPS it
+would take another worker each time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import msgspec
 
 from protocol.messages import InferenceJob, Job
 
-LIVE_BACKENDS = frozenset({"pacing", "cgroup"})
 # Left to what runs besides jobs; shares that change by less are not worth an order.
 _KEPT = 0.05
 _LEAST = 0.05

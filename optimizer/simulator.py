@@ -107,12 +107,12 @@ class SimulatedExecutor:
     """One GPU in virtual time: applies plans at once, works jobs off at the rate of the execution model.
 
     ``announces_ready``: says at once that new inference workers are ready, so that a stream's old place is given
-    up in the same instant; otherwise it sends no heartbeats, as if its workers were still starting. ``backend``:
-    what it says that it holds shares with.
+    up in the same instant; otherwise it sends no heartbeats, as if its workers were still starting.
+    ``can_resize_live``: what it says of its shares.
     """
 
     def __init__(
-        self, gpu: GpuSpec, world: World, *, announces_ready: bool = False, backend: str = "simulated"
+        self, gpu: GpuSpec, world: World, *, announces_ready: bool = False, can_resize_live: bool = False
     ) -> None:
         self.gpu = gpu
         self.executor_id = gpu.gpu_id
@@ -121,7 +121,7 @@ class SimulatedExecutor:
         self.serving: dict[str, m.InferenceJob] = {}
         self.running: dict[str, _Running] = {}
         self.finished: set[str] = set()
-        self._announces_ready, self._backend = announces_ready, backend
+        self._announces_ready, self._can_resize_live = announces_ready, can_resize_live
         self._world = world
         self._event_ids = itertools.count(1)
         self._since_s = 0.0
@@ -134,7 +134,8 @@ class SimulatedExecutor:
             executor_id=self.executor_id,
             incarnation=incarnation,
             device="simulated",
-            share_backend=self._backend,
+            share_backend="simulated",
+            can_resize_live=self._can_resize_live,
             gpu=self.gpu,
             host="simulated",
             pid=1,

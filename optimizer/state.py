@@ -30,13 +30,14 @@ PipelineJob = LabelJob | TrialJob | RetrainJob
 
 
 class ExecutorState(msgspec.Struct, kw_only=True):
-    """One joined executor. ``device``: as the executor names it. ``sent`` is the newest plan sent to it,
-    ``applied`` the newest it acknowledged, ``refused_s`` when it last refused one."""
+    """One joined executor. ``device``, ``can_resize_live``: as the executor says. ``sent`` is the newest plan sent to
+    it, ``applied`` the newest it acknowledged, ``refused_s`` when it last refused one."""
 
     executor_id: str
     incarnation: str
     gpu: GpuSpec
     backend: str
+    can_resize_live: bool = False
     device: str = ""
     sent: PlanVersion | None = None
     sent_s: float = 0.0

@@ -12,7 +12,8 @@ and everything that is added is Gaussian with mean 0. Covariance of two points (
 2. the reach of a kind of configuration, (C - a)(C' - a') k(d, x; d', x') of site and stream, k squared exponential:
    near configurations reach alike, over epochs, data fraction and trained fraction;
 3. live against held-out accuracy: of site, stream and window (drift after the labels were made), and with rho;
-4. how hard a window's held-out split is, common to all that is measured on it; "plain" accuracies have neither 3 nor 4;
+4. how hard a window's held-out split is, common to all that is measured on it; "plain" accuracies have neither 3 nor 4,
+   and both are smaller near 1, by sqrt(a (1 - a)) over its value at 0.7;
 5. the luck of one training run, common to all measurements of its model; and the noise of each measurement.
 
 Predictions are the conditional mean and variance. What a trial says, how much the past counts, and how wide an
@@ -47,6 +48,7 @@ MIN_FOR_CEILING = 12
 CEILING_QUANTILE = 0.8
 # Residuals beyond so many standard deviations are pulled in: a scene that was cut tells nothing of the next window.
 MAX_DEVIATION = 2.0
+_USUAL_VARIANCE, _LEAST_ROOM = 0.21, 0.5
 
 
 class Point(Record, frozen=True, kw_only=True):
@@ -107,6 +109,8 @@ class _Columns:
         self.model = np.array([p.model for p in points])
         reach = c.reach_head + (c.reach_all - c.reach_head) * depth
         scale = c.effort_head * (c.effort_all / c.effort_head) ** depth
+        # Accuracies near 1 (or 0) leave a window and its split less room to differ.
+        self.room_to_vary = np.maximum(np.sqrt(self.now * (1.0 - self.now) / _USUAL_VARIANCE), _LEAST_ROOM)
         self.rho = reach * effort / (effort + scale)
         ceiling = np.maximum(c.ceiling, self.now + 0.25 * (1.0 - self.now))
         self.room = ceiling - self.now
@@ -137,12 +141,13 @@ def _covariance(a: _Columns, b: _Columns, c: ProcessConstants) -> Array:
     live, split = np.outer(a.live, b.live), np.outer(a.split, b.split)
     rho = np.outer(a.rho, b.rho)
     near = np.exp(-0.5 * _distance(a, b) / c.length**2) * np.outer(a.room * a.trained, b.room * b.trained)
+    varies = np.outer(a.room_to_vary, b.room_to_vary)
     return np.asarray(
         rho * (c.ceiling_site**2 + c.ceiling_stream**2 * same_stream + c.ceiling_window**2 * same_window)
         + near * (c.reach_site**2 + c.reach_stream**2 * same_stream)
-        + live * (c.live_site**2 + c.live_stream**2 * same_stream + c.live_window**2 * same_window)
-        + live * rho * c.live_reach**2
-        + split * same_window * c.split_window**2
+        + varies * live * (c.live_site**2 + c.live_stream**2 * same_stream + c.live_window**2 * same_window)
+        + varies * live * rho * c.live_reach**2
+        + varies * split * same_window * c.split_window**2
         + same_model * c.luck**2
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from profiler.monotone import rising
 from profiler.records import InferenceEstimate, StreamHistory
 from protocol.schema import InferenceConfig, InferenceTrial, TrialResult
 
@@ -43,7 +44,7 @@ def measure_inference(
     known = {config: total / weights for config, (total, weights) in ratios.items()}
     wanted = {config: known.get(config, _guess(config, known)) for config in inference}
     if min((ratios[c][1] for c in inference if c in ratios), default=0.0) < FEW_FRAMES:
-        wanted = _in_order(wanted)
+        wanted = rising(wanted, _no_more_effort)
     top = max(wanted.values())
     return tuple(
         InferenceEstimate(
@@ -79,15 +80,3 @@ def _guess_busy(config: InferenceConfig, busy: dict[InferenceConfig, float], ass
         return assumed_busy_s / config.frame_interval
     nearest = min(busy, key=lambda c: (abs(c.resolution_px - config.resolution_px), c.frame_interval))
     return busy[nearest] * nearest.frame_interval / config.frame_interval
-
-
-def _in_order(accuracy: dict[InferenceConfig, float]) -> dict[InferenceConfig, float]:
-    """Make more effort never look worse: mean of the lower and the upper monotone envelope; ordered data stay."""
-    return {
-        config: 0.5
-        * (
-            max(value for other, value in accuracy.items() if _no_more_effort(other, config))
-            + min(value for other, value in accuracy.items() if _no_more_effort(config, other))
-        )
-        for config in accuracy
-    }

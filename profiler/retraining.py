@@ -10,6 +10,7 @@ from profiler.costs import CostModel, GroupKey, alike, cost_model, diverged, gro
 from profiler.curves import LearningCurve, effective_effort, fit_curve, likely_ceiling
 from profiler.intervals import PastError, factor
 from profiler.knowledge import SiteKnowledge
+from profiler.monotone import rising
 from profiler.points import noise, trial_points, wanted, window_points
 from profiler.process import adapted, predict, thinned
 from profiler.records import ConfigEstimate, EstimateSource, StreamHistory
@@ -144,8 +145,8 @@ def _expected(
 ) -> dict[RetrainConfig, tuple[float, float]]:
     """Accuracy after every configuration and its error: the process, averaged with the regression where there is one.
 
-    The two err differently (one knows this window's trials and models' luck, the other is linear and stiff), and their
-    plain mean is better than either on published measurements.
+    The two err differently (one knows this window's trials and models' luck, the other is linear and stiff), and with
+    hundreds of retrainings their mean is better than either on published measurements.
     """
     live, order = site.gaps is not None, len(history.windows)
     own = [
@@ -162,9 +163,17 @@ def _expected(
     for config, mean, error in zip(retrain, means, errors, strict=True):
         after = float(mean)
         if site.prior is not None:
-            after = 0.5 * (after + site.prior.predict(history.stream_id, accuracy_now, config)[0])
+            regressed = site.prior.predict(history.stream_id, accuracy_now, config)[0]
+            after += site.prior.weight * (regressed - after)
         found[config] = (after, float(error))
-    return found
+    # Neither process nor regression is monotone by construction.
+    risen = rising({config: after for config, (after, _) in found.items()}, _no_longer)
+    return {config: (risen[config], error) for config, (_, error) in found.items()}
+
+
+def _no_longer(a: RetrainConfig, b: RetrainConfig) -> bool:
+    """Of one group, with no more epochs and no more data."""
+    return group_key(a) == group_key(b) and a.epochs <= b.epochs and a.data_fraction <= b.data_fraction
 
 
 def _by_group(trials: Sequence[RetrainTrial]) -> dict[GroupKey, list[RetrainTrial]]:

@@ -32,7 +32,7 @@ from protocol.schema import Record
 LIKELY_SHARE = 0.5
 # What the fit of a short trial leaves unknown about a long retraining, besides the noise of its validation.
 TRIAL_ERROR = 0.06
-# Standard deviation of the luck of one training run, as the process was fitted to it (docs/profiler.md).
+# Standard deviation of what no trial takes away: the luck of one training run, and what its model meets when live.
 LUCK = 0.055
 # Strong drift makes what was learned before it this much more uncertain.
 DRIFT_SPREAD = 1.0

@@ -169,7 +169,10 @@ class WorkerStatus(Record, frozen=True, kw_only=True):
 
 
 class Hello(Record, frozen=True, kw_only=True, tag="hello"):
-    """First message of an executor. ``incarnation`` is new for every start; ``held`` the plan it still runs."""
+    """First message of an executor. ``incarnation`` is new for every start; ``held`` the plan it still runs.
+
+    ``can_resize_live``: shares can be changed while a worker runs, so that free ones may be lent.
+    """
 
     protocol_version: int
     executor_id: Name
@@ -181,6 +184,7 @@ class Hello(Record, frozen=True, kw_only=True, tag="hello"):
     pid: int
     held: PlanVersion | None = None
     workers: tuple[WorkerStatus, ...] = ()
+    can_resize_live: bool = False
 
 
 class Heartbeat(Record, frozen=True, kw_only=True, tag="heartbeat"):

@@ -439,13 +439,24 @@ class StreamSignals(Record, frozen=True, kw_only=True):
     look: tuple[float, ...] = ()
 
 
+# Parts that a vote may weigh: see PairedCounts.
+VOTE_WEIGHTS = 8
+
+
 class PairedCounts(Record, frozen=True, kw_only=True):
     """Two models on the same labels: ``num_won`` of ``num_objects`` road users (not crops: one that is seen in many
-    frames counts once) are classified right more often by the new model, ``num_lost`` by the old one."""
+    frames counts once) are classified right more often by the new model, ``num_lost`` by the old one.
+
+    A vote weighs by how many more crops it is about, in ``VOTE_WEIGHTS``-ths of the heaviest possible one of its look.
+    ``won_weights``, ``lost_weights``: how many of the votes weigh one such part, two, and so on; those that are not
+    counted there weigh a whole one.
+    """
 
     num_objects: Count = 0
     num_won: Count = 0
     num_lost: Count = 0
+    won_weights: tuple[Count, ...] = ()
+    lost_weights: tuple[Count, ...] = ()
 
 
 class RetrainResult(Record, frozen=True, kw_only=True, tag="retraining"):

@@ -49,8 +49,16 @@ class Classification(Task[CropSet]):
     def subset(self, examples: CropSet, size: int, seed: int) -> CropSet:
         return training.subset(examples, size, seed)
 
-    def trainer(self, student: Student, config: RetrainConfig, examples: CropSet, device: Device, seed: int) -> Trainer:
-        return crop_trainer(student, config, examples, device, seed)
+    def trainer(
+        self,
+        student: Student,
+        base: Student | None,
+        config: RetrainConfig,
+        examples: CropSet,
+        device: Device,
+        seed: int,
+    ) -> Trainer:
+        return crop_trainer(student, base, config, examples, device, seed)
 
     def evaluate(
         self, student: Student, examples: CropSet, device: Device, stepper: Stepper | None = None

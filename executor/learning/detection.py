@@ -52,9 +52,15 @@ class Detection(Task[FrameSet]):
         return framesets.subset(examples, size, seed)
 
     def trainer(
-        self, student: Student, config: RetrainConfig, examples: FrameSet, device: Device, seed: int
+        self,
+        student: Student,
+        base: Student | None,
+        config: RetrainConfig,
+        examples: FrameSet,
+        device: Device,
+        seed: int,
     ) -> Trainer:
-        return FrameTrainer(_detector(student), config, examples, device, seed)
+        return FrameTrainer(_detector(student), base, config, examples, device, seed)
 
     def evaluate(
         self, student: Student, examples: FrameSet, device: Device, stepper: Stepper | None = None
@@ -130,7 +136,15 @@ class FrameDetector:
 class FrameTrainer(Trainer):
     """Trains a detector on ``frames``; those that show rare classes are drawn more often."""
 
-    def __init__(self, student: Detector, config: RetrainConfig, frames: FrameSet, device: Device, seed: int) -> None:
+    def __init__(
+        self,
+        student: Detector,
+        base: Student | None,
+        config: RetrainConfig,
+        frames: FrameSet,
+        device: Device,
+        seed: int,
+    ) -> None:
         self._detector = student
         self._frames = torch.from_numpy(frames.frames).to(device.torch_device)
         self._truth = _truth(frames, device)
@@ -139,7 +153,7 @@ class FrameTrainer(Trainer):
         counts = np.bincount(frames.labels)
         rarity = np.ones(len(frames))
         np.maximum.at(rarity, frames.owner, np.sqrt(counts.max(initial=1) / counts[frames.labels]))
-        super().__init__(student, config, np.minimum(rarity, 3.0), edges, _DIVERGED_LOSS, device, seed)
+        super().__init__(student, base, config, np.minimum(rarity, 3.0), edges, _DIVERGED_LOSS, device, seed)
 
     def evaluate(self, examples: FrameSet, stepper: Stepper | None = None) -> tuple[float, float]:
         return Detection().evaluate(self.average, examples, self._device, stepper)

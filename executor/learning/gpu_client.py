@@ -261,7 +261,7 @@ class Client:
         student = build_student(spec, NUM_CLASSES).to(device.torch_device)
         # A rate that cannot diverge: random labels teach nothing, only the work counts.
         config = RetrainConfig(config_id="check", epochs=1, batch_size=batch, learning_rate=1e-6)
-        trainer = CropTrainer(student.train(), config, data, device, 0)
+        trainer = CropTrainer(student.train(), None, config, data, device, 0)
 
         def train() -> int:
             trainer.batch(torch.from_numpy(draw.integers(0, count, batch)))

@@ -2,7 +2,7 @@
 
 The crops of one road user in many frames are nearly the same picture: a model is right on all of them or on none.
 Counted one by one, ten cars would look like two hundred pieces of evidence. So crops are followed from labelled frame
-to labelled frame, and every road user has one vote.
+to labelled frame, and every road user has one vote, which weighs by the crops that it is about.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from protocol.schema import PairedCounts
+from protocol.schema import VOTE_WEIGHTS, PairedCounts
 
 _REACH = 2.0  # edges of its box that a road user may have moved between two labelled frames
 _GROWTH = 1.6  # factor by which its box may have grown or shrunk
@@ -88,8 +88,26 @@ def road_users(
 
 
 def paired_counts(new: NDArray[np.float64], old: NDArray[np.float64]) -> PairedCounts:
-    """One vote per piece of evidence (``Task.points`` of both models), for the model that is right more often."""
-    return PairedCounts(num_objects=len(new), num_won=int((new > old).sum()), num_lost=int((new < old).sum()))
+    """One vote per piece of evidence (``Task.points`` of both models), for the model that is right more often.
+
+    It weighs by how much more often, beside the most that any piece could tell: a road user that passes in two frames
+    counts less for what serving is worth than one that waits for a minute.
+    """
+    more = new - old
+    most = max(new.max(initial=0.0), old.max(initial=0.0), 1e-9)
+    parts = np.clip(np.rint(VOTE_WEIGHTS * np.abs(more) / most), 1, VOTE_WEIGHTS).astype(np.int64)
+
+    def weights(cast: NDArray[np.bool_]) -> tuple[int, ...]:
+        return tuple(np.bincount(parts[cast] - 1, minlength=VOTE_WEIGHTS).tolist()) if cast.any() else ()
+
+    won, lost = more > 0.0, more < 0.0
+    return PairedCounts(
+        num_objects=len(new),
+        num_won=int(won.sum()),
+        num_lost=int(lost.sum()),
+        won_weights=weights(won),
+        lost_weights=weights(lost),
+    )
 
 
 def wilson(accuracy: float, num: int, z: float = 1.96) -> tuple[float, float]:

@@ -64,8 +64,7 @@ class Retraining:
         before = student if serving is None else serving.to(device.torch_device)
         first = before if earlier is None else earlier.to(device.torch_device)
         part = task.subset(train, max(2, round(job.config.data_fraction * len(train))), job.seed)
-        self._trainer = task.trainer(student, job.config, part, device, job.seed)
-        self._trainer.begin_from(base)
+        self._trainer = task.trainer(student, base, job.config, part, device, job.seed)
         self.student = self._trainer.average
         self.epochs: list[EpochResult] = []
         self._best = -1

@@ -55,8 +55,10 @@ class Task(ABC, Generic[E]):
         """About ``size`` examples, every class kept as far as possible, fixed by ``seed``."""
 
     @abstractmethod
-    def trainer(self, student: Student, config: RetrainConfig, examples: E, device: Device, seed: int) -> Trainer:
-        """What trains ``student`` in place."""
+    def trainer(
+        self, student: Student, base: Student | None, config: RetrainConfig, examples: E, device: Device, seed: int
+    ) -> Trainer:
+        """What trains ``student`` in place, which is a copy of ``base`` (None: a new one)."""
 
     @abstractmethod
     def evaluate(

@@ -138,10 +138,11 @@ def even_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.i
 
 
 class Trainer(ABC):
-    """Trains ``student`` in place with ``config``; Adam, fixed seed. ``average`` is the result.
+    """Trains ``student``, a copy of ``base``, in place with ``config``; Adam, fixed seed. ``average`` is the result.
 
     Examples are drawn with replacement and with probabilities in proportion to ``weight`` (N,), and looked at with
-    ``edges``. A loss above ``diverged_loss`` has run away. ``way``: how far to go from a model that was trained before.
+    ``edges``. A loss above ``diverged_loss`` has run away. ``way``: how far to go from ``base``. All of the way is gone
+    by a new student (``base`` None), and by one with a new head, which has nothing to keep.
     """
 
     way: ClassVar[float] = 1.0
@@ -149,6 +150,7 @@ class Trainer(ABC):
     def __init__(
         self,
         student: Student,
+        base: Student | None,
         config: RetrainConfig,
         weight: NDArray[np.float64],
         edges: tuple[int, ...],
@@ -164,20 +166,14 @@ class Trainer(ABC):
         self.average = copy.deepcopy(student).eval()
         self._pairs = _moving(self.average, student)
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []  # of average: itself, where it began, the running mean
+        if self.way < 1.0 and base is not None and base.has_head(student.num_classes, student.head_width):
+            self._parts = [(part, part.clone(), part.clone()) for part, _ in self._pairs]
+            self._pairs = [(mean, value) for (_, _, mean), (_, value) in zip(self._parts, self._pairs, strict=True)]
         self._horizon = max(_MIN_HORIZON, math.ceil(len(weight) / config.batch_size))
         parameters = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.Adam(parameters, lr=config.learning_rate)
         self._edges = edges
         self._diverged_loss = diverged_loss
-
-    def begin_from(self, base: Student | None) -> None:
-        """Before the first epoch: the student is a copy of ``base``, and ``average`` stays part of the way with it.
-
-        All of the way is gone by a new student (None), and by one with a new head, which has nothing to keep.
-        """
-        if self.way < 1.0 and base is not None and base.has_head(self._student.num_classes, self._student.head_width):
-            self._parts = [(part, part.clone(), part.clone()) for part, _ in self._pairs]
-            self._pairs = [(mean, value) for (_, _, mean), (_, value) in zip(self._parts, self._pairs, strict=True)]
 
     @abstractmethod
     def evaluate(self, examples: Any, stepper: Stepper | None = None) -> tuple[float, float]:
@@ -252,14 +248,17 @@ class CropTrainer(Trainer):
 
     way = _WAY
 
-    def __init__(self, student: Student, config: RetrainConfig, crops: CropSet, device: Device, seed: int) -> None:
+    def __init__(
+        self, student: Student, base: Student | None, config: RetrainConfig, crops: CropSet, device: Device, seed: int
+    ) -> None:
         self._crops = torch.from_numpy(crops.crops).to(device.torch_device)
         self._labels = torch.from_numpy(crops.labels).to(device.torch_device)
         counts = np.bincount(crops.labels)
         edge, least = crops.crops.shape[1], max(_MIN_EDGE, int(getattr(student, "min_px", _MIN_EDGE)))
         edges = tuple(max(least, round(scale * edge)) for scale in _SCALES)
         diverged_loss = _DIVERGED_LOSS * math.log(max(2, student.num_classes))
-        super().__init__(student, config, 1.0 / np.sqrt(counts[crops.labels]), edges, diverged_loss, device, seed)
+        weight = 1.0 / np.sqrt(counts[crops.labels])
+        super().__init__(student, base, config, weight, edges, diverged_loss, device, seed)
 
     def evaluate(self, examples: CropSet, stepper: Stepper | None = None) -> tuple[float, float]:
         return evaluate(self.average, examples, self._device, stepper)
@@ -292,8 +291,10 @@ class HeadTrainer(CropTrainer):
     are seen. That is what a head needs, which has few weights, and an epoch costs next to nothing.
     """
 
-    def __init__(self, student: Student, config: RetrainConfig, crops: CropSet, device: Device, seed: int) -> None:
-        super().__init__(student, config, crops, device, seed)
+    def __init__(
+        self, student: Student, base: Student | None, config: RetrainConfig, crops: CropSet, device: Device, seed: int
+    ) -> None:
+        super().__init__(student, base, config, crops, device, seed)
         self._features = torch.zeros(0)
         self._known: tuple[CropSet, Tensor] | None = None
         self._looks = self._edges
@@ -345,11 +346,13 @@ class HeadTrainer(CropTrainer):
         return self._student
 
 
-def crop_trainer(student: Student, config: RetrainConfig, crops: CropSet, device: Device, seed: int) -> CropTrainer:
+def crop_trainer(
+    student: Student, base: Student | None, config: RetrainConfig, crops: CropSet, device: Device, seed: int
+) -> CropTrainer:
     """What trains this student: with every block frozen there is a much cheaper way."""
     frozen = not any(parameter.requires_grad for parameter in student.blocks.parameters())
     kind = HeadTrainer if frozen and isinstance(student, Classifier) else CropTrainer
-    return kind(student, config, crops, device, seed)
+    return kind(student, base, config, crops, device, seed)
 
 
 def _moving(average: Student, student: Student) -> list[tuple[Tensor, Tensor]]:

@@ -112,8 +112,7 @@ def _retrain_trial(
     wanted = max(_MIN_TRIAL_EXAMPLES, round(job.data_share * len(crops.train)))
     part = task.subset(crops.train, min(total, wanted), seed)
     student = task.student_for(config, serving, job.stream, device, seed)
-    trainer = task.trainer(student, config, part, device, seed)
-    trainer.begin_from(serving)
+    trainer = task.trainer(student, serving, config, part, device, seed)
     validation = crops.validation
     if trainer.remember(validation, stepper):
         raise _StoppedError

@@ -80,6 +80,7 @@ def test_an_executor_joins_applies_a_plan_delivers_a_result_and_leaves(
     hello = optimizer.wait_for(Hello)
     assert (hello.executor_id, hello.device, hello.held) == ("e1", CORE, None)
     assert hello.share_backend in ("pacing", "cgroup")  # as this machine allows
+    assert hello.can_resize_live
     optimizer.apply(model.plan(model.inference(share=0.4), model.label(share=0.5)))
     done = optimizer.wait_for(LabelsDone)
     assert (done.job_id, done.result.num_frames) == ("label/s1/0", 1)

@@ -240,7 +240,7 @@ def test_seven_to_nine_tenths_of_the_layers_can_be_frozen(architecture: str, fra
     before = {name: value.clone() for name, value in student.state_dict().items()}
     config = RetrainConfig(config_id="x", epochs=1, batch_size=4, trained_fraction=fraction, learning_rate=1e-2)
     frames = framesets.join([TASK.examples(Painted(i), labels_of(Painted(i)), STREAM) for i in range(4)], 128)
-    trainer = TASK.trainer(student, config, frames, CPU, 0)
+    trainer = TASK.trainer(student, None, config, frames, CPU, 0)
     trainer.epoch(FreeStepper())
     changed = {name for name, value in student.state_dict().items() if not torch.equal(value, before[name])}
     frozen = tuple(f"blocks.{number}." for number in range(len(student.blocks) - num_trained))

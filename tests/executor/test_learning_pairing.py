@@ -49,6 +49,8 @@ def test_every_road_user_has_one_vote() -> None:
     old = per_road_user(np.array([False, True, False, False, True, True, True]), frame, where, kind)
     counts = paired_counts(new, old)
     assert (counts.num_objects, counts.num_won, counts.num_lost) == (4, 1, 1)
+    # The first one is seen in three crops, of which the new model gets two right and the old one one.
+    assert (counts.won_weights, counts.lost_weights) == ((0, 0, 0, 1, 0, 0, 0, 0), (0, 0, 0, 1, 0, 0, 0, 0))
     none = np.zeros(0, np.int64)
     assert len(per_road_user(none.astype(np.bool_), none, np.zeros((0, 4), np.float32), none)) == 0
 

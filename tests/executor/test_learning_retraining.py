@@ -128,7 +128,7 @@ def test_a_head_alone_is_trained_on_features_worked_out_once_with_the_same_resul
     accuracy, passes = {}, {}
     for kind in (CropTrainer, HeadTrainer):
         student = task.student_for(config, serving, STREAM, CPU, seed=5)
-        trainer = kind(student, config, crops.train, CPU, 5)
+        trainer = kind(student, None, config, crops.train, CPU, 5)
         looks: list[int] = []
         for network in (student, trainer.average):
             network.blocks.register_forward_hook(lambda _module, _inputs, out, looks=looks: looks.append(len(out)))
@@ -154,8 +154,7 @@ def test_a_classifier_goes_part_of_the_way_from_the_model_that_it_began_from(
     config = msgspec.structs.replace(FULL, head_width=serving.head_width)
 
     def trained(base: Student | None, config: RetrainConfig) -> Student:
-        trainer = task.trainer(task.student_for(config, serving, STREAM, CPU, seed=5), config, crops, CPU, 5)
-        trainer.begin_from(base)
+        trainer = task.trainer(task.student_for(config, serving, STREAM, CPU, seed=5), base, config, crops, CPU, 5)
         for _ in range(3):
             trainer.epoch(FreeStepper())
         return trainer.average

@@ -66,7 +66,7 @@ def test_a_family_trains_the_blocks_next_to_its_output(name: str) -> None:
     assert 0 < num_trained < len(net.blocks)
     before = {key: value.clone() for key, value in net.state_dict().items()}
     config = RetrainConfig(config_id="x", epochs=1, batch_size=8, learning_rate=1e-2)
-    CropTrainer(net, config, crop_set([0, 1, 2] * 4, px=32), CPU, 0).epoch(FreeStepper())
+    CropTrainer(net, None, config, crop_set([0, 1, 2] * 4, px=32), CPU, 0).epoch(FreeStepper())
     changed = {key for key, value in net.state_dict().items() if not torch.equal(value, before[key])}
     frozen = tuple(f"blocks.{number}." for number in range(len(net.blocks) - num_trained))
     assert any(key.startswith("head.") for key in changed)
@@ -140,4 +140,4 @@ def test_no_batch_holds_a_single_example(count: int, batch_size: int) -> None:
 def test_one_crop_more_than_a_batch_trains_a_network_whose_last_map_is_one_pixel() -> None:
     net = student("resnet18")
     config = RetrainConfig(config_id="x", epochs=1, batch_size=8, trained_fraction=1.0)
-    assert not CropTrainer(net, config, crop_set([0, 1, 2] * 3, px=32), CPU, 0).epoch(FreeStepper())
+    assert not CropTrainer(net, None, config, crop_set([0, 1, 2] * 3, px=32), CPU, 0).epoch(FreeStepper())

@@ -8,12 +8,15 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from profiler.corrections import live_correction
 from profiler.history import History
 from profiler.microprofiler import EstimatorKnobs, estimate, estimate_in_detail
+from profiler.monotone import rising
 from profiler.records import StreamHistory, WindowHistory
-from protocol.schema import EpochResult, TrialResult
+from protocol.schema import EpochResult, RetrainConfig, TrialResult
 from tests.profiler.profiler_world import INFERENCE, RETRAIN, SPEC, TRUE_QUALITY, World
 
 HEAD, FULL = RETRAIN[4], RETRAIN[10]
@@ -44,15 +47,31 @@ def test_two_trials_estimate_all_twelve_configurations(seed: int) -> None:
     assert all(r.accuracy_error > 0 for r in profile.retrain)
 
 
-def test_more_epochs_and_more_data_are_never_estimated_worse_within_a_group() -> None:
-    world = World(4)
-    profile = estimate(SPEC, world.trial(0, (HEAD, FULL)), world.dataset(0), RETRAIN, INFERENCE, NOTHING)
+def no_more(a: RetrainConfig, b: RetrainConfig) -> bool:
+    """Of one group, with no more epochs and no more data."""
+    return a.trained_fraction == b.trained_fraction and a.epochs <= b.epochs and a.data_fraction <= b.data_fraction
+
+
+@pytest.mark.parametrize("windows", [0, 3])
+@pytest.mark.parametrize("bias", [-0.2, 0.1])
+def test_more_epochs_and_more_data_are_never_estimated_worse_within_a_group(windows: int, bias: float) -> None:
+    world = World(4, bias=bias)
+    history = play(world, windows)
+    trial = world.trial(windows, (HEAD, FULL))
+    profile = estimate(SPEC, trial, world.dataset(windows), RETRAIN, INFERENCE, history)
     after = {c: r.accuracy_after for c, r in zip(RETRAIN, profile.retrain, strict=True)}
+    assert all(after[a] <= after[b] + 1e-9 for a in RETRAIN for b in RETRAIN if no_more(a, b))
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=len(RETRAIN), max_size=len(RETRAIN)))
+def test_estimates_are_made_to_rise_and_stay_as_they_are_where_they_do(values: list[float]) -> None:
+    drawn = dict(zip(RETRAIN, values, strict=True))
+    risen = rising(drawn, no_more)
     for a in RETRAIN:
-        for b in RETRAIN:
-            if a.trained_fraction == b.trained_fraction and a.epochs <= b.epochs and a.data_fraction <= b.data_fraction:
-                # The process is not monotone by construction: where both are as good as done, they may differ a little.
-                assert after[a] <= after[b] + 1e-3
+        group = [drawn[b] for b in RETRAIN if a.trained_fraction == b.trained_fraction]
+        assert min(group) - 1e-9 <= risen[a] <= max(group) + 1e-9
+        assert all(risen[a] <= risen[b] + 1e-9 for b in RETRAIN if no_more(a, b))
+    assert rising(risen, no_more) == pytest.approx(risen)
 
 
 def test_history_unlearns_a_steady_error_of_accuracy_and_cost() -> None:

@@ -106,7 +106,7 @@ def test_a_prior_sharpens_estimates_from_noisy_trials() -> None:
                 accuracy_before=world.accuracy_now,
                 accuracy_after=float(np.clip(world.after(config) + rng.normal(0, 0.02), 0, 1)),
             )
-            for window in range(3)
+            for window in range(9)
             for stream in ("north", "south")
             for config in RETRAIN
         ]
@@ -125,3 +125,12 @@ def test_a_prior_sharpens_estimates_from_noisy_trials() -> None:
             )
             errors += [abs(row.accuracy_after - world.after(row.config)) for row in made.retrain]
     assert float(np.median(informed)) < 0.6 * float(np.median(plain))
+
+
+def test_a_prior_of_few_retrainings_hardly_counts_and_one_of_many_counts_as_much_as_the_process() -> None:
+    few, many = fit_prior(observe(2, 3, num_streams=1)), fit_prior(observe(2, 5))
+    assert few is not None
+    assert many is not None
+    assert few.num_observations == 36
+    assert few.weight < 0.15
+    assert 0.45 < many.weight < 0.5

@@ -47,3 +47,22 @@ def test_every_command_says_its_version_and_needs_nothing_else_for_it(package: s
         [sys.executable, "-m", f"{package}.cli", "--version"], capture_output=True, text=True, check=True, timeout=60
     )
     assert done.stdout == f"ekya-{package} {protocol.__version__} (protocol {PROTOCOL_VERSION})\n"
+
+
+@pytest.mark.parametrize(("asked", "used"), [(None, "1"), ("3", "3")])
+def test_matrices_of_the_optimizer_take_one_thread_unless_told_otherwise(asked: str | None, used: str) -> None:
+    code = (
+        "import os, sys, optimizer.cli\n"
+        "assert 'numpy' not in sys.modules, 'it would be read too late'\n"
+        "sys.argv = ['ekya-optimizer', '--version']\n"
+        "try:\n    optimizer.cli.main()\n"
+        "finally:\n    print(os.environ['OPENBLAS_NUM_THREADS'])\n"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "OPENBLAS_NUM_THREADS"}
+    if asked is not None:
+        env["OPENBLAS_NUM_THREADS"] = asked
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines()[-1] == used
