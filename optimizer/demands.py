@@ -8,13 +8,16 @@ much was needed:
 
 A stream that keeps up needs what it uses; one that drops frames needs more by the part that it drops. The median of a
 configuration's last reports less the figure of the profile in force is what it needs besides, never below 0: profiled
-shares have head-room for bursts, which a quiet minute does not disprove. A configuration that is not served is
-reckoned to need as much besides as the one that is.
+shares have head-room for bursts, which a quiet minute does not disprove. A configuration that the stream was not
+served with is reckoned to need as much more, in proportion, as it does for other streams; where nobody is, as much
+besides as the one that is.
 """
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
 
 from optimizer.state import StreamState
 from protocol.events import StreamAccuracy
@@ -27,7 +30,8 @@ _MOST = 0.1
 # Planned anew when this part of the frames is dropped and so much more is needed than the plan reckons with.
 _DROPPED, _GROWTH = 0.03, 0.02
 # So many reports after a change of configuration or place still tell of what queued up before it.
-_SETTLING = 4
+_SETTLING = 2
+_NOBODY: Mapping[str, float] = MappingProxyType({})
 
 
 def remember(stream: StreamState, event: StreamAccuracy, worker: WorkerStatus | None, speed: float = 1.0) -> None:
@@ -48,9 +52,22 @@ def remember(stream: StreamState, event: StreamAccuracy, worker: WorkerStatus | 
     stream.demands[event.inference_id] = kept[-_REPORTS:]
 
 
-def besides(stream: StreamState, inference_id: str) -> float:
-    """Share of a GPU of speed 1 that a configuration needs beyond its profile."""
-    known = _besides(stream, inference_id)
+def of_site(streams: Iterable[StreamState]) -> dict[str, float]:
+    """By configuration, what it needs besides over its profile: the median of the streams that were served with it."""
+    found: dict[str, list[float]] = {}
+    for stream in streams:
+        for inference_id in stream.demands:
+            more, profiled = _besides(stream, inference_id), _profiled(stream, inference_id)
+            if more is not None and profiled is not None:
+                found.setdefault(inference_id, []).append(more / profiled)
+    return {inference_id: statistics.median(ratios) for inference_id, ratios in found.items()}
+
+
+def besides(stream: StreamState, inference_id: str, others: Mapping[str, float] = _NOBODY) -> float:
+    """Share of a GPU of speed 1 that a configuration needs beyond its profile; ``others``: see :func:`of_site`."""
+    known, profiled = _besides(stream, inference_id), _profiled(stream, inference_id)
+    if known is None and profiled is not None and inference_id in others:
+        known = min(others[inference_id] * profiled, max(_MOST, profiled))
     if known is None:
         known = _besides(stream, stream.demand_of)
     return 0.0 if known is None else max(0.0, known)
@@ -69,14 +86,17 @@ def newly_short(stream: StreamState) -> bool:
     return True
 
 
-def plan_with(stream: StreamState) -> None:
+def plan_with(stream: StreamState, others: Mapping[str, float] = _NOBODY) -> None:
     """What is known now goes into a plan."""
-    stream.demand_planned = {name: besides(stream, name) for name in stream.demands}
+    known = stream.profile.inference if stream.profile is not None else ()
+    stream.demand_planned = {p.inference_id: besides(stream, p.inference_id, others) for p in known}
 
 
 def forget_old(stream: StreamState) -> None:
-    """What a configuration that is not in use needed in another scene says little."""
-    stream.demands = {name: kept for name, kept in stream.demands.items() if name == stream.demand_of}
+    """What a configuration that is not in use needed in another scene says less: it gives way to new reports sooner."""
+    stream.demands = {
+        name: kept if name == stream.demand_of else kept[-_LEAST_REPORTS:] for name, kept in stream.demands.items()
+    }
 
 
 def _besides(stream: StreamState, inference_id: str) -> float | None:

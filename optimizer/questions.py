@@ -108,6 +108,7 @@ def make_problem(
     """
     specs = {spec.stream_id: spec for spec in site.streams}
     lefts = {sid: own_left_s(spec, state.window, left_s, site.window_s) for sid, spec in specs.items()}
+    others = demands.of_site(state.streams.values())
     streams = tuple(
         _stream(
             stream,
@@ -119,6 +120,7 @@ def make_problem(
             lefts[stream.stream_id],
             links,
             site.share_quantum,
+            others,
         )
         for stream in state.streams.values()
         if stream.checkpoint and stream.profile and stream.stream_id not in state.shed
@@ -186,6 +188,7 @@ def _stream(
     left_s: float,
     links: tuple[LinkSpec, ...],
     share_quantum: float,
+    others: Mapping[str, float],
 ) -> StreamProfile:
     assert stream.profile is not None
     choices: tuple[RetrainProfile, ...] = ()
@@ -200,7 +203,8 @@ def _stream(
                 choices = (msgspec.structs.replace(known, gpu_seconds=left, pinned_gpu=running.executor_id),)
     gpus = [executor.gpu for executor in executors.values()]
     needed = (
-        _with_demand(profile, demands.besides(stream, profile.inference_id)) for profile in stream.profile.inference
+        _with_demand(profile, demands.besides(stream, profile.inference_id, others))
+        for profile in stream.profile.inference
     )
     inference = tuple(_with_latency(stream, profile, gpus, share_quantum) for profile in needed)
     return msgspec.structs.replace(

@@ -304,6 +304,25 @@ def test_trials_measure_what_each_configuration_costs_and_is_worth(
     assert inference["r32-i16"].accuracy < inference["r32-i1"].accuracy - 0.1
 
 
+def test_what_it_takes_to_fetch_every_frame_is_part_of_every_configuration(
+    store: Path, dataset: DatasetRef, first: CheckpointRef
+) -> None:
+    clock = 0.0
+
+    class Dear(tiny_source.TinySource):
+        def frame(self, index: int) -> tiny_source.TinyFrame:
+            nonlocal clock
+            # The beginning of the clip has to be searched for; that is paid once and not per frame.
+            clock += 5.0 if index == 140 else 0.01
+            return super().frame(index)
+
+    job = trial_job(dataset, first)
+    result = run_trials(job, Dear(STREAM), store, CPU, FreeStepper(busy_clock=lambda: clock), 1, lambda: None)
+    assert len(result.inference) == 6
+    for trial in result.inference:
+        assert trial.busy_s_per_frame == pytest.approx(0.01)
+
+
 def test_a_stop_ends_the_trials_with_those_that_are_complete(
     store: Path, dataset: DatasetRef, first: CheckpointRef
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
 from optimizer import demands
@@ -83,6 +84,38 @@ def test_a_configuration_that_was_never_served_is_reckoned_to_need_as_much_besid
     assert demands.besides(state, "every5") == pytest.approx(0.05)
 
 
+def two_configurations(full: float, fifth: float) -> StreamState:
+    state = stream(needed=full)
+    assert state.profile is not None
+    fifth_of = InferenceProfile(inference_id="every5", gpu_share_needed=fifth, relative_accuracy=0.8)
+    return msgspec.structs.replace(
+        state, profile=msgspec.structs.replace(state.profile, inference=(*state.profile.inference, fifth_of))
+    )
+
+
+def test_it_is_reckoned_to_need_as_much_more_in_proportion_as_it_does_for_other_streams() -> None:
+    first, second = two_configurations(0.2, 0.05), two_configurations(0.1, 0.02)
+    tell(first, 20, report(inference_id="every5"), worker(0.2, 0.11))
+    tell(second, 20, report(), worker(0.2, 0.11))
+    others = demands.of_site([first, second])
+    assert demands.besides(second, "every5") == pytest.approx(0.01)  # nobody else is asked: as what it is served with
+    assert demands.besides(second, "every5", others) == pytest.approx(0.02 * 0.06 / 0.05)
+    # What it is served with is known from itself.
+    tell(first, 20, report(), worker(0.4, 0.4))
+    assert demands.besides(second, "every1", demands.of_site([first, second])) == pytest.approx(0.01)
+    demands.plan_with(second, others)
+    assert second.demand_planned["every5"] == pytest.approx(0.024)
+
+
+def test_short_visits_to_a_configuration_add_up_over_windows() -> None:
+    state = two_configurations(0.2, 0.05)
+    for _ in range(3):
+        tell(state, 6, report(inference_id="every5"), worker(0.2, 0.11))
+        tell(state, 6, report(), worker(0.2, 0.2))
+        demands.forget_old(state)
+    assert demands.besides(state, "every5") == pytest.approx(0.06)
+
+
 def test_the_speed_of_the_gpu_counts() -> None:
     state = stream(needed=0.2)
     tell(state, 20, report(), worker(0.3, 0.15), speed=2.0)
@@ -103,11 +136,11 @@ def test_no_report_is_taken_at_its_word_beyond_the_profile_again() -> None:
 
 def test_the_first_reports_after_a_change_say_nothing() -> None:
     state = stream()
-    tell(state, 4, report(num_dropped=10), worker(0.2, 0.2))
+    tell(state, 2, report(num_dropped=10), worker(0.2, 0.2))
     tell(state, 1, report(inference_id="every5"), worker(0.2, 0.1))
-    tell(state, 4, report(num_dropped=10), worker(0.2, 0.2))
-    tell(state, 4, report(num_dropped=10), None)  # it moves
-    tell(state, 4, report(num_dropped=10), worker(0.2, 0.2))
+    tell(state, 2, report(num_dropped=10), worker(0.2, 0.2))
+    tell(state, 2, report(num_dropped=10), None)  # it moves
+    tell(state, 2, report(num_dropped=10), worker(0.2, 0.2))
     assert state.demands == {}
 
 
