@@ -45,8 +45,9 @@ DATA = Path(__file__).parent / "data"
 Z80 = 1.2816
 INFERENCE = InferenceConfig(config_id="full")
 CLASSES = ("person", "car")
-# The constants of the estimator were set on these streams; they belong to the site, but what is reported is the others.
-TUNED_ON = ("city-1", "city-2", "square")
+# The estimator was set on the first three of these streams and changed after a look at all of them; they belong to the
+# site, but what is reported is the others.
+TUNED_ON = ("city-1", "city-2", "city-3", "city-4", "city-5", "square", "gate")
 
 
 class Run(Record, frozen=True, kw_only=True):
@@ -430,15 +431,22 @@ def main() -> None:
 # ---------------------------------------------------------------- bounds
 
 
-def test_at_one_hundredth_of_the_cost_large_errors_are_no_larger_than_when_running_everything_and_are_known() -> None:
+def test_at_one_hundredth_of_the_cost_errors_are_smaller_than_the_papers_and_are_known() -> None:
     moments = load()
+
+    def errors(found: Sequence[Estimated]) -> tuple[float, float]:
+        late = [abs(e.accuracy - e.truth) for e in found if e.window >= 4]
+        return float(np.median(late)), float(np.quantile(late, 0.9))
+
     replay = calibrated(0.01, moments)
-    found = [e for e in replay.run() if e.window >= 4]
-    errors = np.array([abs(e.accuracy - e.truth) for e in found])
-    exhaustive = np.array([abs(e.accuracy - e.truth) for e in held_out(moments) if e.window >= 4])
+    found = replay.run()
+    ours, theirs, exhaustive = errors(found), errors(paper(moments).run()), errors(held_out(moments))
     assert replay.cost_since(4) <= 0.01
-    assert float(np.quantile(errors, 0.9)) < float(np.quantile(exhaustive, 0.9)) + 0.01
-    assert 0.7 <= float(np.mean([e <= Z80 * row.error for e, row in zip(errors, found, strict=True)])) <= 0.9
+    assert ours[0] < theirs[0]
+    assert ours[0] < exhaustive[0] + 0.015
+    assert ours[1] < 0.9 * min(theirs[1], exhaustive[1])
+    late = [e for e in found if e.window >= 4]
+    assert 0.75 <= float(np.mean([abs(e.accuracy - e.truth) <= Z80 * e.error for e in late])) <= 0.85
 
 
 if __name__ == "__main__":
