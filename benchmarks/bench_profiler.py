@@ -117,8 +117,7 @@ def walk_forward(rows: Sequence[PublishedRow]) -> list[Score]:
             continue  # the first window of the table has nothing before it
         widened = factor([msgspec.structs.replace(e, age=window - 1 - e.age) for e in past_errors], "")
         for o, mean, error in zip(now, means, errors, strict=True):
-            regressed = prior.predict(o.stream_id, o.accuracy_before, o.config)[0]
-            accuracy = float(mean) + prior.weight * (regressed - float(mean))
+            accuracy = prior.blended(float(mean), o.stream_id, o.accuracy_before, o.config)
             if window > 1:
                 both.append(abs(accuracy - o.accuracy_after))
                 held.append(both[-1] <= Z * widened * float(error))

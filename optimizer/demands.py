@@ -67,7 +67,7 @@ def besides(stream: StreamState, inference_id: str, others: Mapping[str, float] 
     """Share of a GPU of speed 1 that a configuration needs beyond its profile; ``others``: see :func:`of_site`."""
     known, profiled = _besides(stream, inference_id), _profiled(stream, inference_id)
     if known is None and profiled is not None and inference_id in others:
-        known = min(others[inference_id] * profiled, max(_MOST, profiled))
+        known = _believed(others[inference_id] * profiled, profiled)
     if known is None:
         known = _besides(stream, stream.demand_of)
     return 0.0 if known is None else max(0.0, known)
@@ -104,7 +104,11 @@ def _besides(stream: StreamState, inference_id: str) -> float | None:
     reports, profiled = stream.demands.get(inference_id, ()), _profiled(stream, inference_id)
     if len(reports) < _LEAST_REPORTS or profiled is None:
         return None
-    return min(statistics.median(share for share, _ in reports) - profiled, max(_MOST, profiled))
+    return _believed(statistics.median(share for share, _ in reports) - profiled, profiled)
+
+
+def _believed(more: float, profiled: float) -> float:
+    return min(more, max(_MOST, profiled))
 
 
 def _profiled(stream: StreamState, inference_id: str) -> float | None:

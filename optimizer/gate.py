@@ -60,9 +60,9 @@ def confidence_better(counts: PairedCounts, margin: float = 0.0) -> float | None
         cast[usual - 1] += head_start
     if not cast.any():
         return None
-    lead = int((won - lost) @ _PARTS)
+    ahead = int((won - lost) @ _PARTS)
     if cast.sum() > _EXACT:
-        return 0.5 * math.erfc(-lead / math.sqrt(2.0 * float(cast @ _PARTS**2)))
+        return 0.5 * math.erfc(-ahead / math.sqrt(2.0 * float(cast @ _PARTS**2)))
     sums = np.ones(1)  # of the random sum -most, ..., most
     for part, num in zip(_PARTS.tolist(), cast.astype(int).tolist(), strict=True):
         for _ in range(num):
@@ -70,7 +70,7 @@ def confidence_better(counts: PairedCounts, margin: float = 0.0) -> float | None
             flipped[: len(sums)] += 0.5 * sums
             flipped[2 * part :] += 0.5 * sums
             sums = flipped
-    place = lead + len(sums) // 2
+    place = ahead + len(sums) // 2
     return float(sums[:place].sum() + 0.5 * sums[place])
 
 
@@ -99,8 +99,8 @@ def swapped(counts: PairedCounts) -> PairedCounts:
 
 def lead(counts: PairedCounts) -> float:
     """By how many whole votes the new model is ahead."""
-    won, lost = _by_weight(counts)
-    return float((won - lost) @ _PARTS) / VOTE_WEIGHTS
+    won, lost = _whole_votes(counts)
+    return won - lost
 
 
 def judge_retraining(result: RetrainResult, config: GateConfig, serving_version: int) -> Verdict:
@@ -191,12 +191,18 @@ def _by_weight(counts: PairedCounts) -> tuple[Array, Array]:
     return spread(counts.num_won, counts.won_weights), spread(counts.num_lost, counts.lost_weights)
 
 
+def _whole_votes(counts: PairedCounts) -> tuple[float, float]:
+    """What the votes won and the votes lost weigh together, in whole votes."""
+    won, lost = (float(votes @ _PARTS) / VOTE_WEIGHTS for votes in _by_weight(counts))
+    return won, lost
+
+
 def _refused(confidence: float | None, reason: str) -> Verdict:
     return Verdict(decision="refused", confidence=confidence, reason=reason)
 
 
 def _votes(counts: PairedCounts) -> str:
-    won, lost = (float(votes @ _PARTS) / VOTE_WEIGHTS for votes in _by_weight(counts))
+    won, lost = _whole_votes(counts)
     weighing = f", weighing {won:.1f} : {lost:.1f}," if counts.won_weights or counts.lost_weights else ""
     return f"{counts.num_won} : {counts.num_lost}{weighing} of {counts.num_objects} road users"
 

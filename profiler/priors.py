@@ -68,6 +68,10 @@ class AccuracyPrior(Record, frozen=True, kw_only=True):
         """
         return 0.5 / (1.0 + (HALF_TRUSTED / self.num_observations) ** 2)
 
+    def blended(self, after: float, stream_id: str, accuracy_before: float, config: RetrainConfig) -> float:
+        """``after``, what the process expects, averaged with what the regression does."""
+        return after + self.weight * (self.predict(stream_id, accuracy_before, config)[0] - after)
+
     def predict(self, stream_id: str, accuracy_before: float, config: RetrainConfig) -> tuple[float, float]:
         """Expected accuracy after the retraining, in [0, 1], and half the width of its interval."""
         row = _features(accuracy_before, config, self.groups)

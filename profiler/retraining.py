@@ -163,8 +163,7 @@ def _expected(
     for config, mean, error in zip(retrain, means, errors, strict=True):
         after = float(mean)
         if site.prior is not None:
-            regressed = site.prior.predict(history.stream_id, accuracy_now, config)[0]
-            after += site.prior.weight * (regressed - after)
+            after = site.prior.blended(after, history.stream_id, accuracy_now, config)
         found[config] = (after, float(error))
     # Neither process nor regression is monotone by construction.
     risen = rising({config: after for config, (after, _) in found.items()}, _no_longer)
