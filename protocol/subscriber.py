@@ -11,12 +11,13 @@ import zmq
 
 from protocol import sockets
 from protocol.errors import ProtocolError, UnreachableError, VersionMismatchError
-from protocol.events import TelemetryEvent
+from protocol.events import Notice, TelemetryEvent
 from protocol.messages import Rejected, Snapshot, SnapshotRequest
-from protocol.telemetry import MAX_PUBLISHERS, event_of, topic_of
+from protocol.telemetry import MAX_PUBLISHERS, event_of, key_of, topic_of
 
 _ANSWER_S = 1.0  # live events wait no longer than this for a snapshot
 _SETTLE_S = 0.5
+_MAX_TOLD = 8192
 
 
 class Received(NamedTuple):
@@ -77,6 +78,7 @@ class Subscriber:
         self._pending: deque[Received] = deque()
         self._counters: OrderedDict[tuple[str, bytes], int] = OrderedDict()
         self._known: dict[str, int] = {}
+        self._told: OrderedDict[tuple[bytes, str], tuple[str, int]] = OrderedDict()
         self._due_s = clock()
         self._asked_s = self._answered_s = -float("inf")
         self._heard_s = clock()
@@ -165,8 +167,23 @@ class Subscriber:
                 self._due_s = self._heard_s
             if sequence > self._known.get(publisher, 0):
                 missed, self._untold = self._untold, 0
+                self._remember(event, publisher, sequence)
                 return Received(event, publisher, sequence, missed)
         return None
+
+    def _remember(self, event: TelemetryEvent, publisher: str, sequence: int) -> None:
+        if self._control is None or isinstance(event, Notice):
+            return
+        key = key_of(event)
+        self._told[key] = publisher, sequence
+        self._told.move_to_end(key)
+        while len(self._told) > _MAX_TOLD:
+            self._told.popitem(last=False)
+
+    def _overtaken(self, event: TelemetryEvent, snapshot: Snapshot) -> bool:
+        """Whether a live event newer than ``snapshot`` was already told of what ``event`` is the state of."""
+        publisher, sequence = self._told.get(key_of(event), ("", 0))
+        return sequence > snapshot.sequence.get(publisher, sequence)
 
     def _count(self, publisher: str, topic: bytes, sequence: int, topic_sequence: int) -> int:
         key, number = ((publisher, b""), sequence) if self._everything else ((publisher, topic), topic_sequence)
@@ -190,7 +207,7 @@ class Subscriber:
         self._heard_s = self._answered_s = self._clock()
         self._known = snapshot.sequence
         for event in snapshot.events:
-            if topic_of(event).startswith(self._prefixes):
+            if topic_of(event).startswith(self._prefixes) and not self._overtaken(event, snapshot):
                 self._pending.append(Received(event, "", 0, 0, True))
         address = sockets.seen_from(snapshot.telemetry_address, self.control_address)
         self._due_s = float("inf")
@@ -204,7 +221,8 @@ class Subscriber:
 
     def _ask_if_due(self) -> None:
         now = self._clock()
-        if self._control is None or now - self._asked_s < self._request_interval_s:
+        # One question at a time: with two on the way, events told after the first answer are newer than the second.
+        if self._control is None or self._awaiting_answer() or now - self._asked_s < self._request_interval_s:
             return
         if (now >= self._due_s or now - self._heard_s > self._silence_s) and self._control.send(SnapshotRequest()):
             self._asked_s = now

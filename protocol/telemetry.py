@@ -77,6 +77,18 @@ def _subject(event: TelemetryEvent) -> str:
             return SITE
 
 
+def key_of(event: TelemetryEvent) -> tuple[bytes, str]:
+    """What an event is the state of: a newer event of the same key takes its place. Notices have no such key."""
+    match event:
+        case JobShare():
+            detail = event.job_id
+        case WorkerChanged():
+            detail = f"{event.gpu_id}/{event.kind}"
+        case _:
+            detail = ""
+    return topic_of(event), detail
+
+
 def frames_of(event: TelemetryEvent, publisher_id: str, sequence: int, topic_sequence: int) -> list[bytes]:
     """The three frames of an event. Raises ProtocolError when it cannot be encoded (NaN, too large)."""
     payload = codec.encode(event, max_bytes=codec.MAX_UP_BYTES)
@@ -291,17 +303,13 @@ class Hub:
             self._on_event(stamped.event)
 
     def _remember(self, stamped: Stamped, num_bytes: int) -> None:
-        event, detail = stamped.event, ""
+        event = stamped.event
         match event:
             case Notice():
                 self._notices.append((event, num_bytes))
                 return
-            case JobShare():
-                detail = event.job_id
-            case WorkerChanged():
-                detail = f"{event.gpu_id}/{event.kind}"
-                if event.change in _ENDED:
-                    self._last.pop((f"job_share/{event.stream_id}".encode(), event.job_id), None)
+            case WorkerChanged() if event.change in _ENDED:
+                self._last.pop((f"job_share/{event.stream_id}".encode(), event.job_id), None)
             case StreamDegraded():
                 self._last.pop((f"stream_recovered/{event.stream_id}".encode(), ""), None)
             case StreamRecovered():
@@ -310,8 +318,8 @@ class Hub:
                 gone = [k for k, (v, _) in self._last.items() if isinstance(v, JobShare) and v.gpu_id == event.gpu_id]
                 for key in gone:
                     del self._last[key]
-        self._last[stamped.topic, detail] = event, num_bytes
-        self._last.move_to_end((stamped.topic, detail))
+        self._last[key_of(event)] = event, num_bytes
+        self._last.move_to_end(key_of(event))
         while len(self._last) > self._max_topics:
             self._last.popitem(last=False)
 

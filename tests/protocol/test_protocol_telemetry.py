@@ -462,6 +462,63 @@ def test_events_that_a_snapshot_covers_are_not_told_again(context: sockets.Conte
     assert newest > 0.5
 
 
+def test_an_answer_that_comes_too_late_tells_nothing_older_than_what_was_told(
+    context: sockets.Context, stack: ExitStack
+) -> None:
+    site = stack.enter_context(closing(Site(context)))
+    ahead_s = 0.0
+    subscriber = Subscriber(
+        site.server.address,
+        telemetry_address=site.hub.subscribe_address,
+        clock=lambda: time.monotonic() + ahead_s,
+        request_interval_s=1000.0,
+        silence_s=1000.0,
+    )
+    stack.enter_context(subscriber)
+
+    def asked() -> list[Any]:
+        subscriber.recv(5)
+        return list(site.server.recv())
+
+    for stream, granted in (("cam-1", 0.1), ("cam-2", 0.2)):
+        site.publisher.publish(share(f"i-{stream}", stream, granted=granted))
+    (peer, _), *more = until(asked)
+    assert not more
+    late = site.hub.snapshot("street", 3, 7)
+    ahead_s = 10.0
+
+    def told() -> Received | None:
+        site.publisher.publish(share("i-cam-1", granted=0.5))
+        site.hub.forward()
+        return subscriber.recv(5)
+
+    until(told)
+    site.server.send(peer, late)
+    received = []
+
+    def adopted() -> bool:
+        received.append(subscriber.recv(5))
+        return subscriber.snapshots == 1
+
+    until(adopted)
+    received += [subscriber.recv(20) for _ in range(3)]
+    events = [item.event for item in received if item is not None]
+    assert {(e.stream_id, e.share_granted) for e in events if isinstance(e, JobShare)} - {("cam-1", 0.5)} == {
+        ("cam-2", 0.2)
+    }
+
+
+def test_a_snapshot_is_asked_for_once_at_a_time(context: sockets.Context, stack: ExitStack) -> None:
+    site = stack.enter_context(closing(Site(context)))
+    subscriber = Subscriber(site.server.address, telemetry_address=site.hub.subscribe_address, request_interval_s=0.0)
+    stack.enter_context(subscriber)
+    requests: list[Any] = []
+    for _ in range(20):
+        subscriber.recv(5)
+        requests += site.server.recv()
+    assert len(requests) == 1
+
+
 def test_a_subscriber_follows_an_optimizer_that_started_anew(context: sockets.Context, stack: ExitStack) -> None:
     first = Site(context)
     address = first.server.address
