@@ -78,6 +78,11 @@ class Asker:
     def want(self, reason: str) -> None:
         self._wanted = f"{self._wanted}; {reason}" if self._wanted else reason
 
+    def overtaken(self, reason: str) -> None:
+        """What an open question was about is not so any more: it is asked anew."""
+        if self._question is not None:
+            self.want(f"{self._question.reason}; {reason}")
+
     def ask_if_wanted(self, now: float) -> None:
         state, reason = self._state, self._wanted
         if reason is None or state.phase not in (*WINDOW_PHASES, "starting"):

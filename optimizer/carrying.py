@@ -26,11 +26,15 @@ class Carrier:
         self._specs = specs
         self._executors = executors
 
-    def follow(self, now: float) -> None:
-        """Set what every stream should be doing now, by the plan in force and the events so far."""
+    def follow(self, now: float) -> bool:
+        """Set what every stream should be doing now, by the plan in force and the events so far.
+
+        True when a retraining begins by it.
+        """
         state = self._state
         if state.plan is None:
-            return
+            return False
+        began = False
         ended = ended_in(state.plan, state.ended)
         for assignment in state.plan.assignments:
             stream = state.streams.get(assignment.stream_id)
@@ -44,7 +48,8 @@ class Carrier:
                 stream.serving_config, stream.serving_share = serve.config, serve.share
             wish = retraining(assignment, stream.profile, ended)
             if not stream.settled:
-                self._set_retraining(stream, wish, now)
+                began |= self._set_retraining(stream, wish, now)
+        return began
 
     def _move(self, stream: StreamState, now: float) -> None:
         """The stream is to be served elsewhere; the old place goes on until the new one is ready."""
@@ -81,26 +86,26 @@ class Carrier:
                 used[leaving.executor_id] -= leaving.share
                 stream.leaving = None
 
-    def _set_retraining(self, stream: StreamState, wish: Retraining | None, now: float) -> None:
+    def _set_retraining(self, stream: StreamState, wish: Retraining | None, now: float) -> bool:
+        """Begin, resize or end; True when a retraining begins."""
         running = stream.running
         if running is not None and running.stopped_s is not None:
-            return  # it is handing in what it has
+            return False  # it is handing in what it has
         if wish is None:
-            # Not in the plan, or begun while the plan was made, which lets others go first: their shares and this
-            # one's do not fit together. The little that it has done is lost.
+            # Not in the plan, which knew of it: what it has done is lost.
             stream.running = None
-            return
+            return False
         if running is not None and (running.retrain_id, running.executor_id) == (wish.retrain_id, wish.executor_id):
             if abs(running.share - wish.share) > 1e-9:
                 gpu = self._executors[running.executor_id].gpu
                 running.done_s = questions.work_done(running, gpu, now)
                 running.since_s, running.share = now, wish.share
-            return
+            return False
         if wish.executor_id not in self._executors or stream.dataset is None:
-            return
+            return False
         earlier = find(self._state.zoo, wish.config.base) if wish.config.base else None
         if wish.config.base and earlier is None:
-            return  # the model that it would begin from is gone; the next plan knows
+            return False  # the model that it would begin from is gone; the next plan knows
         stream.retrain_id = wish.retrain_id
         spec = self._specs[stream.stream_id]
         start = earlier.checkpoint if earlier is not None else None
@@ -116,3 +121,4 @@ class Carrier:
             accuracy_predicted=wish.accuracy_after,
             started_s=now,
         )
+        return True

@@ -146,10 +146,13 @@ class Coordinator:
                 self._watcher.advance(now)
                 self._corrector.advance(now)
                 self._drifts.advance(now)
+            if self.state.phase != "finished":
+                # Before the next question is asked: a plan that does not know of what has begun would end it.
+                if self._carrier.follow(now):
+                    self._asker.overtaken("a retraining began while a plan was made")
+                self._carrier.let_go(now)
             self._asker.ask_if_wanted(now)
             if self.state.phase != "finished":
-                self._carrier.follow(now)
-                self._carrier.let_go(now)
                 self._clouds.follow()
                 self._clouds.dispatch()
                 self._drifts.assign(self._pipeline, self.executors, now)

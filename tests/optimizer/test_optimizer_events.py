@@ -241,11 +241,13 @@ def test_measured_accuracy_alone_plans_nothing() -> None:
 
 
 def overtaken(problem: Problem, last: Plan | None) -> Plan:
-    """s0 first, then s1; asked again when s0 has ended, s2 goes before s1."""
+    """s0 first, then s1; asked again when s0 has ended, s2 goes before s1, unless that has begun."""
     known = {s.stream_id: {p.retrain_id for p in s.retrain} for s in problem.streams}
     if "cheap" not in known["s1"]:
         return thief(problem, last)
-    chain = ("s0", "s1") if "cheap" in known["s0"] else tuple(s for s in ("s2", "s1") if "cheap" in known[s])
+    began = any(p.pinned_gpu for s in problem.streams if s.stream_id == "s1" for p in s.retrain)
+    order = ("s1", "s2") if began else ("s2", "s1")
+    chain = ("s0", "s1") if "cheap" in known["s0"] else tuple(s for s in order if "cheap" in known[s])
     assignments = []
     for stream in problem.streams:
         step = None
@@ -260,17 +262,44 @@ def overtaken(problem: Problem, last: Plan | None) -> Plan:
     return stamped(problem, plan)
 
 
-def test_what_begins_while_a_plan_is_made_that_lets_others_go_first_makes_room_for_them() -> None:
+def test_what_begins_at_an_event_is_known_to_the_plan_that_the_event_asks_for() -> None:
     run, log, _ = start(num_streams=3, think_s=0.5, solver=overtaken)
     while not ends(run):
         run.run(until_s=run.now + 0.1)
     assert begun(run, "s1")  # by the old plan, while the new one is made
-    run.run(until_s=run.now + 1.0)
-    assert begun(run, "s2")
-    assert not begun(run, "s1")
+    running = run.coordinator.state.streams["s1"].running
+    assert running is not None
+    for reason in ("somebody asks", "and again"):
+        run.coordinator._asker.want(reason)
+        run.run(until_s=run.now + 1.0)
+        assert run.coordinator.state.streams["s1"].running is not None
+        assert run.coordinator.state.streams["s1"].running.job.job_id == running.job.job_id
+    pinned = {s.stream_id: {p.pinned_gpu for p in s.retrain} for s in log.asked[-1][1].problem.streams}
+    assert pinned["s1"] == {"gpu0"}
+    assert not begun(run, "s2")
     assert all(sum(job.share for job in plan.jobs) <= 1.0 + 1e-9 for _, plan in log.sent)
     run.run(until_s=run.coordinator.window_end_s() - 1.0)
-    assert {"s0", "s1", "s2"} <= set(ends(run))
+    assert {"s0", "s1"} <= set(ends(run))
+
+
+def test_a_retraining_that_begins_while_a_plan_is_made_has_it_made_anew() -> None:
+    """s1 waits for s0, which ends while the planner thinks about something else."""
+    run, log, _ = start(num_streams=3, think_s=2.0, solver=overtaken)
+    state = run.coordinator.state
+    plan_s = state.plan_s
+    while not ends(run) and state.streams["s0"].running is not None:
+        if not run.coordinator._asker.waiting:
+            run.coordinator._asker.want("somebody asks")
+        run.run(until_s=run.now + 0.25)
+    assert state.plan_s > plan_s
+    assert begun(run, "s1")
+    running = state.streams["s1"].running
+    assert running is not None
+    run.run(until_s=run.now + 5.0)
+    now = state.streams["s1"].running
+    assert now is None or now.job.job_id == running.job.job_id
+    pinned = {p.pinned_gpu for s in log.asked[-1][1].problem.streams if s.stream_id == "s1" for p in s.retrain}
+    assert pinned == {"gpu0"}
 
 
 def test_what_waits_for_a_retraining_that_is_given_up_before_its_turn_waits_for_the_one_before_it() -> None:

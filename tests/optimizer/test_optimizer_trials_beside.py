@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -11,6 +13,7 @@ from optimizer.ports import Received
 from optimizer.simulator import SimulatedExecutor, Simulation
 from protocol import messages as m
 from protocol.events import Notice, PlanSolved, ProfileEstimated, RetrainFinished, WindowClosed, WindowOpened
+from protocol.plan import Plan
 from protocol.schema import GpuSpec
 from tests.optimizer.coordinator_world import RETRAIN, TestProfiler, TestWorld, Wish, simulation, site
 
@@ -225,3 +228,26 @@ def test_streams_that_are_profiled_one_after_another_do_not_keep_a_plan_from_bei
     assert plans[0].site_s - opened_s(run, 1) < 20.0
     known = {e.stream_id for e in run.events if isinstance(e, RetrainFinished) and e.window == 1}
     assert known, "what was profiled meanwhile is planned with after it"
+
+
+@pytest.mark.parametrize("decision_s", [0.0, 0.9, 3.0])
+def test_every_plan_was_made_knowing_the_retrainings_that_run_when_it_starts(
+    decision_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiling = msgspec.structs.replace(BESIDE, ahead=0.0, head_start=0.05)
+    run, _, _ = simulation(site(num_streams=6, profiling=profiling), num_gpus=3, num_windows=3)
+    run._decision_s = lambda _: decision_s
+    asker, state = run.coordinator._asker, run.coordinator.state
+    start_plan, known = asker._start_plan, []
+
+    def checked(question: Any, plan: Plan, now: float) -> None:
+        pinned = {s.stream_id for s in question.problem.streams if any(p.pinned_gpu for p in s.retrain)}
+        running = {s.stream_id for s in state.streams.values() if s.running is not None and not s.settled}
+        assert running <= pinned, f"{now:.1f} s, {question.reason}: begun meanwhile: {running - pinned}"
+        known.extend(running)
+        start_plan(question, plan, now)
+
+    monkeypatch.setattr(asker, "_start_plan", checked)
+    run.run(until_s=1000.0)
+    assert run.finish is not None
+    assert known, "no plan was made beside a retraining: nothing was shown"
