@@ -114,7 +114,7 @@ class Carrier:
             job=job,
             executor_id=wish.executor_id,
             retrain_id=wish.retrain_id,
-            work_s=wish.gpu_seconds,
+            work_s=questions.expected_work(wish, self._executors[wish.executor_id].gpu),
             done_s=0.0,
             since_s=now,
             share=wish.share,

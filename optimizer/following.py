@@ -65,6 +65,7 @@ def retraining(assignment: Assignment, profile: StreamProfile, ended: Collection
         share=step.share,
         gpu_seconds=choice.gpu_seconds,
         accuracy_after=choice.accuracy_after,
+        start_s=choice.start_s,
     )
 
 

@@ -12,9 +12,9 @@ from optimizer.clouds import what_is_left
 from optimizer.config import SiteConfig
 from optimizer.degrading import least
 from optimizer.execution import capacity_quanta, needed_quanta, share_efficiency, share_of
-from optimizer.state import ExecutorState, RunningRetrain, SiteState, StreamState
+from optimizer.state import ExecutorState, Retraining, RunningRetrain, SiteState, StreamState
 from optimizer.windows import own_left_s
-from protocol.plan import CloudProfile, InferenceProfile, Problem, RetrainProfile, StreamProfile
+from protocol.plan import START_RATE, CloudProfile, InferenceProfile, Problem, RetrainProfile, StreamProfile
 from protocol.schema import GpuSpec, LinkSpec, RetrainRun, StreamSpec
 
 _NUMBER = re.compile(r":\d+")
@@ -30,6 +30,13 @@ def work_done(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:
     """GPU-seconds (speed 1, share 1) of a running retraining that are behind it, by the execution model."""
     rate = gpu.speed * share_efficiency(gpu, running.share)
     return running.done_s + max(0.0, now - running.since_s) * rate
+
+
+def expected_work(wish: Retraining, gpu: GpuSpec) -> float:
+    """GPU-seconds of a retraining by the execution model at the share that the plan gives it: starting takes as long at
+    any share, and so counts for more of a large one."""
+    rate = gpu.speed * share_efficiency(gpu, wish.share)
+    return max(wish.gpu_seconds + wish.start_s * (rate - START_RATE), wish.start_s * rate)
 
 
 def work_left(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:

@@ -331,7 +331,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Retraining(msgspec.Struct, frozen=True, kw_only=True):
-    """A retraining that the plan in force wants to run at this moment."""
+    """A retraining that the plan in force wants to run at this moment. ``start_s`` as in `RetrainProfile`."""
 
     executor_id: str
     config: RetrainConfig
@@ -339,3 +339,4 @@ class Retraining(msgspec.Struct, frozen=True, kw_only=True):
     share: float
     gpu_seconds: float
     accuracy_after: float
+    start_s: float = 0.0

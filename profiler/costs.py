@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import msgspec
 import numpy as np
 
-from protocol.schema import Record, RetrainConfig, RetrainResult, RetrainTrial
+from protocol.schema import EpochResult, Record, RetrainConfig, RetrainResult, RetrainTrial
 
 # What makes one optimisation step of one sample: (batch size, trained fraction, head width, learning rate).
 GroupKey = tuple[int, float, int, float]
@@ -76,7 +76,7 @@ class CostModel(Record, frozen=True, kw_only=True):
         """Expected GPU-seconds of a retraining on ``num_train`` samples; always positive."""
         own = self.at(num_train)
         num_samples = config.data_fraction * num_train
-        per_epoch = own.seconds_per_sample * num_samples + own.validation_s
+        per_epoch = own.seconds_per_sample * _batched(num_samples, config) + own.validation_s
         once_s = own.startup_s + own.prepare_s_per_sample * num_samples + own.finish_s
         return max(once_s + config.epochs * per_epoch, MIN_GPU_SECONDS)
 
@@ -90,16 +90,15 @@ class CostModel(Record, frozen=True, kw_only=True):
 def cost_model(trial: RetrainTrial) -> CostModel | None:
     """Costs seen in a trial, None when it holds no finished epoch with a positive time.
 
-    The result of epoch 0 times the validation alone, that of a later epoch training and validation. The median
-    over epochs keeps one descheduled epoch from counting.
+    The result of epoch 0 times a validation from the pictures on; those of later epochs may be quicker, where what the
+    frozen layers make of a picture is remembered. The median over epochs keeps one descheduled epoch from counting.
     """
     trained = [e.busy_s for e in trial.epochs if e.epoch > 0 and e.busy_s > 0.0]
     if not trained or trial.num_samples <= 0:
         return None
     epoch_s = statistics.median(trained)
-    whole_s = validation_s = statistics.median([e.busy_s for e in trial.epochs if e.epoch == 0] or [0.0])
-    # On tiny trials the first validation may hold warm-up and exceed a whole epoch: then it says nothing.
-    validation_s = min(validation_s, 0.5 * epoch_s)
+    whole_s = statistics.median([e.busy_s for e in trial.epochs if e.epoch == 0] or [0.0])
+    validation_s = _validation_s(trial.epochs, epoch_s)
     num_samples = _batched(trial.num_samples, trial.config)
     return CostModel(
         startup_s=trial.startup_s,
@@ -122,8 +121,7 @@ def cost_of_retraining(result: RetrainResult, num_train: int, prepare_s_per_samp
     if too_few or num_samples < 1 or result.checkpoint is None:
         return None
     epoch_s = sum(trained) / len(trained)
-    first_s = sum(e.busy_s for e in result.epochs if e.epoch == 0)
-    validation_s = min(first_s, 0.5 * epoch_s)
+    validation_s = _validation_s(result.epochs, epoch_s)
     around_s = max(0.0, result.busy_s - sum(trained))
     prepare_s = min(prepare_s_per_sample * num_samples, around_s)
     return CostModel(
@@ -133,6 +131,17 @@ def cost_of_retraining(result: RetrainResult, num_train: int, prepare_s_per_samp
         prepare_s_per_sample=prepare_s / num_samples,
         num_train=num_train,
     )
+
+
+def _validation_s(epochs: Sequence[EpochResult], epoch_s: float) -> float:
+    """Busy seconds of the validation in an epoch of ``epoch_s``: as timed; that of epoch 0 where none was told apart.
+
+    The first validation may hold warm-up and exceed a whole epoch, and then says nothing.
+    """
+    timed = [e.validation_s for e in epochs if e.epoch > 0 and e.validation_s is not None]
+    if timed:
+        return min(statistics.median(timed), epoch_s)
+    return min(sum(e.busy_s for e in epochs if e.epoch == 0), 0.5 * epoch_s)
 
 
 def mean_cost(newest_first: Sequence[CostModel]) -> CostModel:
@@ -169,7 +178,7 @@ def alike(cost: CostModel, tried: CostModel | None) -> bool:
     return 0.5 <= cost.seconds_per_sample / tried.seconds_per_sample <= 2.0
 
 
-def _batched(num_samples: int, config: RetrainConfig) -> float:
+def _batched(num_samples: float, config: RetrainConfig) -> float:
     """Samples that an epoch costs: a last batch that is not full costs less than a full one and more than its samples,
     the mean of both, in factors."""
     batch = config.batch_size

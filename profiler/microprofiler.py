@@ -132,6 +132,7 @@ def estimate_in_detail(
                 memory_bytes=retrain_memory.get(group_key(row.config), max(retrain_memory.values(), default=0)),
                 accuracy_error=row.accuracy_error,
                 config=row.config,
+                start_s=row.start_s,
             )
             for row in rows
         ),

@@ -28,7 +28,7 @@ class ConfigEstimate(Record, frozen=True, kw_only=True):
     trial or one that is shared, past_trial = its shape in an earlier window, neighbour = another
     configuration's trial, site = other streams' retrainings alone, assumed = nothing is known.
     ``scale``: the estimator's own error; ``accuracy_error`` is it times what past errors teach, so that the interval
-    accuracy_after +- 1.2816 * accuracy_error holds 80 % of the outcomes.
+    accuracy_after +- 1.2816 * accuracy_error holds 80 % of the outcomes. ``start_s`` as in `RetrainProfile`.
     """
 
     config: RetrainConfig
@@ -40,6 +40,7 @@ class ConfigEstimate(Record, frozen=True, kw_only=True):
     accuracy_error: Seconds
     gpu_seconds: float
     scale: float = 0.0
+    start_s: float = 0.0
 
 
 class InferenceEstimate(Record, frozen=True, kw_only=True):

@@ -111,6 +111,7 @@ def estimate_retrain(
                 accuracy_error=min(scale * widened, MAX_ERROR),
                 gpu_seconds=site.slowness.work_s(base * cost_ratio(config, history, known_costs)),
                 scale=scale,
+                start_s=site.slowness.start_s,
             )
         )
     return tuple(rows)

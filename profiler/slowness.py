@@ -19,6 +19,7 @@ import numpy as np
 
 from profiler.records import Outcome
 from profiler.targets import SiteWindow
+from protocol.plan import START_RATE
 from protocol.schema import Record
 
 USUAL_START_S, USUAL_FACTOR = 0.25, 1.0
@@ -27,8 +28,6 @@ _NOISE = 0.1
 # Weight of a window against the one after it: how busy a machine is changes.
 _DECAY = 0.25
 _MOST_START_S, _LEAST_FACTOR, _MOST_FACTOR = 5.0, 0.7, 4.0
-# Throughput that a retraining is likely to be granted, as it is estimated before it has a share.
-LIKELY_RATE = 0.5
 
 
 class Slowness(Record, frozen=True, kw_only=True):
@@ -39,7 +38,7 @@ class Slowness(Record, frozen=True, kw_only=True):
 
     def work_s(self, busy_s: float) -> float:
         """GPU-seconds that a retraining will take in the planner's currency."""
-        return self.start_s * LIKELY_RATE + self.factor * busy_s
+        return self.start_s * START_RATE + self.factor * busy_s
 
 
 def learn_slowness(windows: Sequence[SiteWindow]) -> Slowness:

@@ -60,6 +60,10 @@ class InferenceProfile(Record, frozen=True, kw_only=True):
     config: InferenceConfig | None = None
 
 
+# Throughput that a retraining is likely to be granted, as its cost is estimated before it has a share.
+START_RATE = 0.5
+
+
 class RetrainProfile(Record, frozen=True, kw_only=True):
     """gamma: what a retraining configuration costs and is expected to reach.
 
@@ -67,7 +71,8 @@ class RetrainProfile(Record, frozen=True, kw_only=True):
     then what is left of it). ``accuracy_error``: standard error of accuracy_after, 0 = taken as exact;
     ``gain_error``: that of accuracy_after - accuracy_now where it is known to differ (both are measured on
     the same labels). ``swap_bytes``: extra memory on the inference GPU from the plan's start until the swap.
-    ``label_seconds``: golden-model seconds that labelling its data still costs.
+    ``label_seconds``: golden-model seconds that labelling its data still costs. ``start_s``: seconds by the clock to
+    command, start and report it, which no share shortens; ``gpu_seconds`` has them at a throughput of `START_RATE`.
     """
 
     retrain_id: Name
@@ -80,6 +85,7 @@ class RetrainProfile(Record, frozen=True, kw_only=True):
     label_seconds: Seconds = 0.0
     pinned_gpu: Name | None = None
     config: RetrainConfig | None = None
+    start_s: Seconds = 0.0
 
 
 class CloudProfile(Record, frozen=True, kw_only=True):

@@ -348,12 +348,16 @@ class LabelResult(Record, frozen=True, kw_only=True, tag="labels"):
 
 
 class EpochResult(Record, frozen=True, kw_only=True):
-    """Validation accuracy after an epoch (0 = before the first) and the busy seconds that the epoch took."""
+    """Validation accuracy after an epoch (0 = before the first) and the busy seconds that the epoch took.
+
+    ``validation_s``: the part of them that went into the validation; None where it was not told apart.
+    """
 
     epoch: int
     accuracy: Fraction
     loss: float
     busy_s: Seconds
+    validation_s: Seconds | None = None
 
 
 class RetrainTrial(Record, frozen=True, kw_only=True):

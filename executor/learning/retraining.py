@@ -20,6 +20,7 @@ from executor.learning.models import Student
 from executor.learning.pairing import paired_counts
 from executor.learning.stepping import Stepper
 from executor.learning.task import task_of
+from executor.learning.training import epoch_result
 from protocol.errors import InputError
 from protocol.messages import RetrainJob
 from protocol.schema import EpochResult, PairedCounts, RetrainResult
@@ -70,7 +71,7 @@ class Retraining:
         self._best = -1
         self._best_state: dict[str, torch.Tensor] = {}
         start = stepper.busy_s()
-        self._record(0, task.evaluate(first, self._validation, device, stepper), start)
+        self._record(0, task.evaluate(first, self._validation, device, stepper), start, start)
         self.accuracy_before = self.epochs[0].accuracy
         if earlier is not None:
             self.accuracy_before = task.evaluate(before, self._validation, device, stepper)[0]
@@ -85,7 +86,8 @@ class Retraining:
             start = self._stepper.busy_s()
             if self._trainer.epoch(self._stepper):
                 return f"stopped in epoch {epoch} of {self._job.config.epochs}"
-            self._record(epoch, self._trainer.evaluate(self._validation, self._stepper), start)
+            trained = self._stepper.busy_s()
+            self._record(epoch, self._trainer.evaluate(self._validation, self._stepper), start, trained)
             if self._best < 1 or self.epochs[-1].accuracy > self.epochs[self._best].accuracy:
                 self._best = epoch
                 self._best_state = {name: tensor.clone() for name, tensor in self.student.state_dict().items()}
@@ -121,11 +123,9 @@ class Retraining:
         )
         return before, after
 
-    def _record(self, epoch: int, measured: tuple[float, float], start_busy_s: float) -> None:
-        accuracy, loss = measured
-        result = EpochResult(
-            epoch=epoch, accuracy=accuracy, loss=_finite(loss), busy_s=max(0.0, self._stepper.busy_s() - start_busy_s)
-        )
+    def _record(self, epoch: int, measured: tuple[float, float], start_s: float, trained_s: float) -> None:
+        """``start_s``, ``trained_s``: busy seconds when the epoch and when its validation began."""
+        result = epoch_result(epoch, measured, start_s, trained_s, self._stepper.busy_s())
         self.epochs.append(result)
         self._on_epoch(result)
 
@@ -187,8 +187,3 @@ def retrain(
         map_before=map_before,
         map_after=map_after,
     )
-
-
-def _finite(loss: float) -> float:
-    # A model that was already broken is reported by its accuracy; NaN may not travel on the wire.
-    return loss if math.isfinite(loss) else 1e9

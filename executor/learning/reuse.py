@@ -22,9 +22,10 @@ from executor.learning.pairing import paired_counts, road_users, wilson
 from executor.learning.replay import resize
 from executor.learning.stepping import Stepper
 from executor.learning.task import task_of
+from executor.learning.training import epoch_result
 from protocol.errors import CheckpointError, InputError
 from protocol.messages import RetrainJob, TrialJob
-from protocol.schema import Conditions, EpochResult, RetrainResult, ZooTrial
+from protocol.schema import Conditions, RetrainResult, ZooTrial
 
 _LAYOUT_PX = 4
 # Two parts of a labelled stretch are two scenes that are so unlike (1 = all objects of another class, or pictures that
@@ -181,14 +182,9 @@ def take_over(
     if len(unseen) == 0:
         raise InputError(f"data set {job.dataset.path}: no new labels to compare models on; raise label_fps")
     before, _ = task.evaluate(serving, unseen, device, stepper)
-    epoch_busy_s = stepper.busy_s()
-    after, loss = task.evaluate(earlier, unseen, device, stepper)
-    epoch = EpochResult(
-        epoch=0,
-        accuracy=after,
-        loss=loss if np.isfinite(loss) else 1e9,
-        busy_s=max(0.0, stepper.busy_s() - epoch_busy_s),
-    )
+    began = stepper.busy_s()
+    epoch = epoch_result(0, task.evaluate(earlier, unseen, device, stepper), began, began, stepper.busy_s())
+    after = epoch.accuracy
     points: tuple[NDArray[np.float64], ...] = tuple(
         task.points(student, unseen, device, stepper) for student in (earlier, serving)
     )

@@ -29,7 +29,7 @@ from executor.learning.datasets import CropSet, frame_mean
 from executor.learning.device import Device
 from executor.learning.models import Classifier, Student, build_student, replace_head, set_trainable
 from executor.learning.stepping import Stepper
-from protocol.schema import RetrainConfig, StudentSpec
+from protocol.schema import EpochResult, RetrainConfig, StudentSpec
 
 _SCALES = (1.0, 2 / 3, 1 / 2, 1 / 3)
 _MIN_EDGE = 8
@@ -135,6 +135,23 @@ def even_batches(order: NDArray[np.int64], batch_size: int) -> list[NDArray[np.i
     if len(order) == 1:
         return [np.repeat(order, 2)]
     return np.array_split(order, max(1, min(math.ceil(len(order) / batch_size), len(order) // 2)))
+
+
+def epoch_result(
+    epoch: int, measured: tuple[float, float], start_s: float, trained_s: float, end_s: float
+) -> EpochResult:
+    """An epoch that began at ``start_s`` busy seconds, its validation at ``trained_s``, and ended at ``end_s``.
+
+    ``measured``: (accuracy, loss). A model that is broken is reported by its accuracy: NaN may not travel on the wire.
+    """
+    accuracy, loss = measured
+    return EpochResult(
+        epoch=epoch,
+        accuracy=accuracy,
+        loss=loss if math.isfinite(loss) else 1e9,
+        busy_s=max(0.0, end_s - start_s),
+        validation_s=max(0.0, end_s - trained_s),
+    )
 
 
 class Trainer(ABC):

@@ -23,7 +23,7 @@ from executor.learning.pairing import wilson
 from executor.learning.reuse import zoo_trials
 from executor.learning.stepping import Stepper
 from executor.learning.task import Task, task_of
-from executor.learning.training import DivergedError
+from executor.learning.training import DivergedError, epoch_result
 from executor.streams.frames import Frame, FrameSource
 from executor.streams.video import SourceError
 from protocol.errors import InputError
@@ -61,7 +61,8 @@ def run_trials(
     if len(crops.train) < 2 or len(crops.validation) < 1:
         raise InputError(f"data set {job.dataset.path}: too few examples to profile with; raise label_fps")
     start_busy_s = stepper.busy_s()
-    baseline = _epoch(0, task.evaluate(serving, crops.validation, device, stepper), stepper, start_busy_s)
+    measured = task.evaluate(serving, crops.validation, device, stepper)
+    baseline = epoch_result(0, measured, start_busy_s, start_busy_s, stepper.busy_s())
     # What serving will be worth is a mean over frames; labels that the model was trained on say nothing about it.
     unseen = crops.take(~crops.is_exemplar) if job.unseen else crops.validation
     accuracy_now = task.serving_accuracy(serving, unseen, device, stepper)
@@ -126,7 +127,8 @@ def _retrain_trial(
         start = stepper.busy_s()
         if trainer.epoch(stepper):
             raise _StoppedError
-        epochs.append(_epoch(epoch, trainer.evaluate(validation, stepper), stepper, start))
+        trained = stepper.busy_s()
+        epochs.append(epoch_result(epoch, trainer.evaluate(validation, stepper), start, trained, stepper.busy_s()))
     return RetrainTrial(
         config=config,
         num_samples=len(part),
@@ -136,12 +138,6 @@ def _retrain_trial(
         epochs=tuple(epochs),
         memory_bytes=device.peak_memory_bytes(),
     )
-
-
-def _epoch(epoch: int, measured: tuple[float, float], stepper: Stepper, start_busy_s: float) -> EpochResult:
-    accuracy, loss = measured
-    busy_s = max(0.0, stepper.busy_s() - start_busy_s)
-    return EpochResult(epoch=epoch, accuracy=accuracy, loss=loss if np.isfinite(loss) else 1e9, busy_s=busy_s)
 
 
 def _inference_trials(

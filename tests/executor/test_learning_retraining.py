@@ -91,6 +91,8 @@ def test_a_first_model_learns_the_stream_and_is_written(store: Path, dataset: Da
     assert (manifest.version, manifest.retrain_id, manifest.accuracy) == (1, "full", result.accuracy_after)
     assert result.num_validation == dataset.num_validation
     assert 0.0 < sum(epoch.busy_s for epoch in epochs) <= result.busy_s
+    assert all(e.validation_s is not None and 0.0 < e.validation_s <= e.busy_s for e in epochs)
+    assert all((e.validation_s == e.busy_s) == (e.epoch == 0) for e in epochs)
 
 
 def test_the_same_job_gives_the_same_model(store: Path, dataset: DatasetRef, first: CheckpointRef) -> None:

@@ -8,13 +8,16 @@ import msgspec
 import numpy as np
 import pytest
 
+from optimizer import questions
 from optimizer.config import CorrectionConfig
 from optimizer.correcting import Assessment, assess
 from optimizer.ports import Progressed, Received
 from optimizer.simulator import Simulation
+from optimizer.state import Retraining
+from profiler.slowness import Slowness
 from protocol import messages as m
 from protocol.events import PlanSolved, RetrainCorrected, RetrainFinished, RetrainProgress
-from protocol.schema import CheckpointRef, EpochResult, PairedCounts, RetrainResult
+from protocol.schema import CheckpointRef, EpochResult, GpuSpec, PairedCounts, RetrainConfig, RetrainResult
 from tests.optimizer.coordinator_world import TestWorld, simulation, site
 
 CONFIG = CorrectionConfig()
@@ -32,6 +35,23 @@ def judged(seen: tuple[EpochResult, ...], **changes: float | CorrectionConfig) -
     known: dict[str, object] = {"num_epochs": 10, "num_validation": 100, "accuracy_before": 0.5, "accuracy_after": 0.8}
     known |= {"gpu_seconds": 10.5, "told_after": 0.8, "told_seconds": 10.5, "config": CONFIG}
     return assess(seen, **(known | changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("speed", [0.5, 2.0])
+def test_what_no_share_shortens_is_reckoned_with_at_the_share_that_a_plan_gives(share: float, speed: float) -> None:
+    start_s, busy_s, factor = 0.8, 1.5, 1.2
+    wish = Retraining(
+        executor_id="g",
+        config=RetrainConfig(config_id="head", epochs=5),
+        retrain_id="head",
+        share=share,
+        gpu_seconds=Slowness(start_s=start_s, factor=factor).work_s(busy_s),
+        accuracy_after=0.8,
+        start_s=start_s,
+    )
+    expected_s = questions.expected_work(wish, GpuSpec(gpu_id="g", speed=speed)) / (speed * share)
+    assert expected_s == pytest.approx(start_s + factor * busy_s / (speed * share))
 
 
 def rising(gain: float, num: int, start: float = 0.5) -> list[float]:

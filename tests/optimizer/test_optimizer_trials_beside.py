@@ -238,7 +238,8 @@ def test_every_plan_was_made_knowing_the_retrainings_that_run_when_it_starts(
     run, _, _ = simulation(site(num_streams=6, profiling=profiling), num_gpus=3, num_windows=3)
     run._decision_s = lambda _: decision_s
     asker, state = run.coordinator._asker, run.coordinator.state
-    start_plan, known = asker._start_plan, []
+    start_plan = asker._start_plan
+    known: list[str] = []
 
     def checked(question: Any, plan: Plan, now: float) -> None:
         pinned = {s.stream_id for s in question.problem.streams if any(p.pinned_gpu for p in s.retrain)}

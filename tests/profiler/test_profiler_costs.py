@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 import pytest
 
@@ -75,7 +77,33 @@ def test_preparation_grows_with_the_samples_where_a_trial_has_told_it_from_start
     assert model is not None
     assert model.startup_s == pytest.approx(0.5)
     # A quarter of the samples: the worker starts as before, all else that is done with the set is a quarter.
-    assert model.gpu_seconds(HEAD, 100) == pytest.approx(0.1 + 0.4 / 4 + 1.0 + 10 * (100 * 0.0005 + 0.04 / 4))
+    # 100 samples are twelve batches of 8 and one of 4, which costs more than its samples and less than a whole one.
+    samples = math.sqrt(100 * 104)
+    assert model.gpu_seconds(HEAD, 100) == pytest.approx(0.1 + 0.4 / 4 + 1.0 + 10 * (samples * 0.0005 + 0.04 / 4))
+
+
+@pytest.mark.parametrize("num_samples", [37, 400])
+def test_a_retraining_is_estimated_to_cost_what_it_was_seen_to(num_samples: int) -> None:
+    config = msgspec.structs.replace(HEAD, batch_size=32)
+    result = retrained(config, num_samples, startup_s=0.5, sample_s=0.001)
+    model = cost_of_retraining(result, num_samples)
+    assert model is not None
+    assert model.gpu_seconds(config, num_samples) == pytest.approx(result.busy_s)
+
+
+def test_a_validation_that_was_timed_is_not_taken_for_that_from_the_pictures_on() -> None:
+    # What frozen layers make of the held-out pictures is remembered: 40 ms at first, then 5.
+    plain = trial(HEAD, epoch_s=0.05, prepare_s=0.8)
+    timed = msgspec.structs.replace(
+        plain, epochs=tuple(msgspec.structs.replace(e, validation_s=0.005 if e.epoch else 0.04) for e in plain.epochs)
+    )
+    guessed, known = cost_model(plain), cost_model(timed)
+    assert guessed is not None
+    assert known is not None
+    assert guessed.validation_s == pytest.approx(0.025)
+    assert known.validation_s == pytest.approx(0.005)
+    assert known.finish_s == pytest.approx(3 * 0.04)
+    assert known.gpu_seconds(HEAD, 400) == pytest.approx(0.5 + 4.0 + 10 * (400 * 0.045 / 80 + 0.005) + 3 * 0.04)
 
 
 def test_a_retraining_that_was_cut_short_or_left_nothing_says_nothing_about_costs() -> None:
