@@ -8,7 +8,9 @@ over seconds elapsed):
 1. t0: commanding, starting and reporting, which no share shortens;
 2. f: waiting for a core that others use as well, shares that are not what they are called;
 3. weighted least squares of relative errors; newer windows count more, and t0 = 0.25 s and f = 1 count like a few
-   retrainings. Both belong to the machine at the moment and not to a stream: they are learned from all of them.
+   retrainings. Both belong to the machine at the moment and not to a stream: they are learned from all of them;
+4. errors beyond ``_NOISE`` count by their size and not by its square (Huber, by weighting anew): one retraining that
+   had to wait for its share, or for another process, says nothing of the next.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ _START_SPREAD, _FACTOR_SPREAD = 0.8, 0.6
 _NOISE = 0.1
 # Weight of a window against the one after it: how busy a machine is changes.
 _DECAY = 0.25
+_ROUNDS = 5
 _MOST_START_S, _LEAST_FACTOR, _MOST_FACTOR = 5.0, 0.7, 4.0
 
 
@@ -47,15 +50,16 @@ def learn_slowness(windows: Sequence[SiteWindow]) -> Slowness:
     seen = [(w.order, outcome) for w in windows for outcome in w.history.outcomes if _counts(outcome)]
     if not seen:
         return Slowness()
-    rows = [[1.0 / _START_SPREAD, 0.0], [0.0, 1.0 / _FACTOR_SPREAD]]
-    wanted = [USUAL_START_S / _START_SPREAD, USUAL_FACTOR / _FACTOR_SPREAD]
-    for order, outcome in seen:
-        assert outcome.run is not None
-        weight = _DECAY ** (0.5 * (newest - order)) / _NOISE
-        rate, work_s = outcome.run.work_s / outcome.run.elapsed_s, outcome.run.work_s
-        rows.append([weight * rate / work_s, weight * outcome.result.busy_s / work_s])
-        wanted.append(weight)
-    start_s, factor = np.linalg.lstsq(np.array(rows), np.array(wanted), rcond=None)[0]
+    usual = np.array([[1.0 / _START_SPREAD, 0.0], [0.0, 1.0 / _FACTOR_SPREAD]])
+    # Of every retraining: what t0 and f are multiplied with to give its work as a part of what it was.
+    rows = np.array([[1.0 / run.elapsed_s, o.result.busy_s / run.work_s] for _, o in seen if (run := o.run)])
+    recent = np.array([_DECAY ** (0.5 * (newest - order)) / _NOISE for order, _ in seen])
+    weight = recent
+    for _ in range(_ROUNDS):
+        wanted = np.concatenate([usual @ [USUAL_START_S, USUAL_FACTOR], weight])
+        start_s, factor = np.linalg.lstsq(np.vstack([usual, weight[:, None] * rows]), wanted, rcond=None)[0]
+        error = np.abs(rows @ [start_s, factor] - 1.0)
+        weight = recent * np.minimum(1.0, np.sqrt(_NOISE / np.maximum(error, 1e-9)))
     return Slowness(
         start_s=float(np.clip(start_s, 0.0, _MOST_START_S)),
         factor=float(np.clip(factor, _LEAST_FACTOR, _MOST_FACTOR)),

@@ -173,6 +173,13 @@ def test_what_the_clock_adds_to_busy_seconds_is_learned_from_all_streams(start_s
         assert found.work_s(busy_s) == pytest.approx(share * (start_s + factor * busy_s / share), rel=0.1)
 
 
+def test_one_retraining_that_had_to_wait_hardly_counts() -> None:
+    calm = [ran(1.0 + 0.3 * i, 0.5, 0.3 + 1.1 * (1.0 + 0.3 * i) / 0.5, stream=f"s{i}") for i in range(6)]
+    waited = ran(1.0, 0.5, 0.3 + 1.1 * 1.0 / 0.5 + 3.0, stream="s9")
+    expected = learn_slowness(calm).work_s(1.5)
+    assert learn_slowness([*calm, waited]).work_s(1.5) == pytest.approx(expected, rel=0.06)
+
+
 def test_a_machine_that_has_become_busy_is_noticed_within_a_window() -> None:
     calm = [ran(2.0, 0.5, 4.2, stream=f"s{i}", order=order) for order in range(4) for i in range(3)]
     busy = [ran(2.0, 0.5, 9.0, stream=f"s{i}", order=4) for i in range(3)]
