@@ -119,6 +119,8 @@ class Carrier:
             since_s=now,
             share=wish.share,
             accuracy_predicted=wish.accuracy_after,
+            held_out_predicted=wish.held_out,
+            held_out_error=wish.held_out_error,
             started_s=now,
         )
         return True

@@ -370,6 +370,8 @@ class Coordinator:
                 elapsed_predicted_s=ends.predicted_s if ends else None,
                 elapsed_half_s=ends.half_s if ends else None,
                 whole=max((e.epoch for e in result.epochs), default=0) >= result.config.epochs,
+                held_out_predicted=running.held_out_predicted if running else None,
+                held_out_error=running.held_out_error if running and running.held_out_predicted is not None else None,
             )
         )
 

@@ -66,6 +66,8 @@ def retraining(assignment: Assignment, profile: StreamProfile, ended: Collection
         gpu_seconds=choice.gpu_seconds,
         accuracy_after=choice.accuracy_after,
         start_s=choice.start_s,
+        held_out=choice.held_out,
+        held_out_error=choice.held_out_error,
     )
 
 

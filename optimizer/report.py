@@ -240,6 +240,8 @@ def _retrain_row(e: RetrainFinished) -> RetrainRow:
         elapsed_predicted_s=e.elapsed_predicted_s,
         elapsed_half_s=e.elapsed_half_s,
         whole=e.whole,
+        held_out_predicted=e.held_out_predicted,
+        held_out_error=e.held_out_error,
         accuracy_predicted=e.accuracy_predicted,
         seconds=e.seconds,
         seconds_predicted=e.seconds_predicted,

@@ -84,6 +84,8 @@ class RetrainRow(Record, frozen=True, kw_only=True):
     elapsed_predicted_s: float | None = None
     elapsed_half_s: float | None = None
     whole: bool = True
+    held_out_predicted: float | None = None
+    held_out_error: float | None = None
 
 
 class TrialsRow(Record, frozen=True, kw_only=True):

@@ -20,7 +20,7 @@ from optimizer.report_labels import labels_table, labels_text
 from optimizer.report_pieces import count, dot, fold, seconds, strong, table
 from optimizer.report_style import STYLE
 from optimizer.report_tables import percent
-from optimizer.report_trials import ends_table, ends_text, trials_table
+from optimizer.report_trials import ends_table, ends_text, expected_held_out, held_out_text, trials_table
 from protocol.events import TelemetryEvent
 
 
@@ -69,7 +69,8 @@ def report_page(report: Report, events: Sequence[TelemetryEvent]) -> str:
             _section("Is there anything to decide?", _contention_text(report), _contention_table(report)),
             _section(
                 "Retrainings and the gate",
-                "Accuracies on the same held-out labels, before and after. Only a promoted model goes live.",
+                "Accuracies on the same held-out labels, before and after, with what was expected of them and half of"
+                f" its 80 % interval. Only a promoted model goes live. {held_out_text(report)}",
                 _retrain_table(report),
             ),
             _section("When retrainings end", ends_text(report), ends_table(report)),
@@ -284,6 +285,7 @@ def _retrain_table(report: Report) -> str:
             dot(r.stream_id, colours),
             escape(r.retrain_id),
             f"{percent(r.accuracy_before)} → {strong(percent(r.accuracy_after))}",
+            expected_held_out(r),
             percent(r.accuracy_predicted),
             seconds(r.seconds),
             seconds(r.seconds_predicted),
@@ -298,7 +300,8 @@ def _retrain_table(report: Report) -> str:
         "stream",
         "configuration",
         "before → after %",
-        "predicted %",
+        "expected",
+        "live, predicted %",
         "took",
         "predicted",
         *(("mAP %",) if detectors else ()),

@@ -9,7 +9,11 @@ from html import escape
 from optimizer.report_data import Report, RetrainRow, TrialsRow
 from optimizer.report_figures import stream_colours
 from optimizer.report_pieces import dot, seconds, table
+from optimizer.report_tables import percent
 from protocol.events import LabelsCollected, ProfileEstimated, RetrainFinished, TelemetryEvent, WindowOpened
+
+# Half of an 80 % interval in standard errors.
+_Z80 = statistics.NormalDist().inv_cdf(0.9)
 
 
 def build_trials(events: Sequence[TelemetryEvent]) -> tuple[TrialsRow, ...]:
@@ -81,6 +85,40 @@ def end_errors(rows: Sequence[RetrainRow]) -> tuple[tuple[float, ...], tuple[flo
     start = (_error(row.elapsed_predicted_s, row.elapsed_s) for row in whole)
     half = (_error(row.elapsed_half_s, row.elapsed_s) for row in whole)
     return tuple(e for e in start if e is not None), tuple(e for e in half if e is not None)
+
+
+def held_out_errors(rows: Sequence[RetrainRow]) -> list[tuple[float, bool]]:
+    """(|error|, whether the 80 % interval held it) of the held-out accuracies that whole retrainings were expected to
+    reach."""
+    return [
+        (abs(row.accuracy_after - row.held_out_predicted), _holds(row))
+        for row in rows
+        if row.whole and row.held_out_predicted is not None
+    ]
+
+
+def held_out_text(report: Report) -> str:
+    """How well the held-out accuracies of retrainings were foreseen."""
+    errors = held_out_errors(report.retrainings)
+    if not errors:
+        return ""
+    off, held = 100 * statistics.median(error for error, _ in errors), sum(held for _, held in errors)
+    return (
+        f"Held-out accuracy at the end was off by {off:.1f} points in the median of {len(errors)} whole"
+        f" retraining{'s' * (len(errors) != 1)}; {held} of {len(errors)} within their 80 % intervals."
+    )
+
+
+def expected_held_out(row: RetrainRow) -> str:
+    """Held-out accuracy that was expected, with half of its 80 % interval."""
+    if row.held_out_predicted is None:
+        return "–"
+    return f"{percent(row.held_out_predicted)} ± {percent(_Z80 * (row.held_out_error or 0.0))}"
+
+
+def _holds(row: RetrainRow) -> bool:
+    off = abs(row.accuracy_after - (row.held_out_predicted or 0.0))
+    return off <= _Z80 * (row.held_out_error or 0.0)
 
 
 def ends_text(report: Report) -> str:

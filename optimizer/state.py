@@ -61,6 +61,8 @@ class RunningRetrain(msgspec.Struct, kw_only=True):
     since_s: float
     share: float
     accuracy_predicted: float
+    held_out_predicted: float | None = None
+    held_out_error: float = 0.0
     started_s: float | None = None
     late_work_s: float = 0.0
     epochs: tuple[EpochResult, ...] = ()
@@ -331,7 +333,7 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Retraining(msgspec.Struct, frozen=True, kw_only=True):
-    """A retraining that the plan in force wants to run at this moment. ``start_s`` as in `RetrainProfile`."""
+    """A retraining that the plan in force wants to run at this moment; the last fields as in `RetrainProfile`."""
 
     executor_id: str
     config: RetrainConfig
@@ -340,3 +342,5 @@ class Retraining(msgspec.Struct, frozen=True, kw_only=True):
     gpu_seconds: float
     accuracy_after: float
     start_s: float = 0.0
+    held_out: float | None = None
+    held_out_error: float = 0.0

@@ -41,13 +41,13 @@ class PastError(Record, frozen=True, kw_only=True):
     scale: float
 
 
-def factor(errors: Sequence[PastError], stream_id: str, *, level: float = LEVEL) -> float:
+def factor(errors: Sequence[PastError], stream_id: str, *, level: float = LEVEL, decay: float = DECAY) -> float:
     """What the estimator's own error has to be multiplied with so that the interval ``level`` holds so often.
 
     Interval: accuracy +- factor * Z * scale (Z for ``level`` = 0.8). 1 = the estimator is right about itself.
     """
     scored = [
-        (abs(e.error) / max(e.scale, 1e-6), DECAY**e.age * (1.0 if e.stream_id == stream_id else SITE_WEIGHT))
+        (abs(e.error) / max(e.scale, 1e-6), decay**e.age * (1.0 if e.stream_id == stream_id else SITE_WEIGHT))
         for e in errors
     ]
     normal = NormalDist()

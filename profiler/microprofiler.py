@@ -133,6 +133,8 @@ def estimate_in_detail(
                 accuracy_error=row.accuracy_error,
                 config=row.config,
                 start_s=row.start_s,
+                held_out=row.held_out,
+                held_out_error=row.held_out_error,
             )
             for row in rows
         ),

@@ -62,6 +62,7 @@ def estimate_as_paper(
                 accuracy_after=accuracy,
                 accuracy_error=0.0,
                 gpu_seconds=seconds,
+                held_out=accuracy,
             )
         )
     return tuple(rows)

@@ -105,9 +105,10 @@ def trial_effort(trial: RetrainTrial, epochs: int) -> float:
 
 
 def wanted(
-    stream_id: str, order: int, now: float, retrain: Sequence[RetrainConfig], num_train: int, *, live: bool
+    stream_id: str, order: int, now: float, retrain: Sequence[RetrainConfig], num_train: int, kind: Kind
 ) -> list[Point]:
-    """One point to be predicted per configuration: a model not trained yet, live or on the average held-out split."""
+    """One point to be predicted per configuration: a model that is not trained yet. ``kind`` "split": on the window's
+    own held-out split."""
     return [
         Point(
             stream_id=stream_id,
@@ -116,7 +117,7 @@ def wanted(
             key=group_key(config),
             effort=config_effort(config, num_train),
             model=f"wanted-{config.config_id}",
-            kind="live" if live else "plain",
+            kind=kind,
         )
         for config in retrain
     ]

@@ -171,6 +171,8 @@ def predict(
 ) -> tuple[Array, Array]:
     """(mean, standard deviation) of the accuracies of ``wanted``, each of shape (len(wanted),); what is measured of
     them (``accuracy``, ``noise``) is ignored. The split's hardness is part of what is wanted of kind "split"."""
+    if not wanted:
+        return np.zeros(0), np.zeros(0)
     to = _Columns(wanted, constants)
     prior = np.diag(_covariance(to, to, constants))
     if not points:

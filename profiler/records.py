@@ -28,7 +28,9 @@ class ConfigEstimate(Record, frozen=True, kw_only=True):
     trial or one that is shared, past_trial = its shape in an earlier window, neighbour = another
     configuration's trial, site = other streams' retrainings alone, assumed = nothing is known.
     ``scale``: the estimator's own error; ``accuracy_error`` is it times what past errors teach, so that the interval
-    accuracy_after +- 1.2816 * accuracy_error holds 80 % of the outcomes. ``start_s`` as in `RetrainProfile`.
+    accuracy_after +- 1.2816 * accuracy_error holds 80 % of the outcomes. ``held_out``, ``held_out_scale`` and
+    ``held_out_error`` are the same of what it is measured with on the window's held-out split when it ends; None: not
+    estimated. ``start_s`` as in `RetrainProfile`.
     """
 
     config: RetrainConfig
@@ -41,6 +43,9 @@ class ConfigEstimate(Record, frozen=True, kw_only=True):
     gpu_seconds: float
     scale: float = 0.0
     start_s: float = 0.0
+    held_out: Fraction | None = None
+    held_out_scale: float = 0.0
+    held_out_error: float = 0.0
 
 
 class InferenceEstimate(Record, frozen=True, kw_only=True):

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 from profiler.corrections import DECAY, cost_ratio, reached_best, retraining_costs, shrunk_mean
 from profiler.costs import CostModel, GroupKey, alike, cost_model, diverged, group_key, key_distance, neighbour_cost
 from profiler.curves import LearningCurve, effective_effort, fit_curve, likely_ceiling
-from profiler.intervals import PastError, factor
+from profiler.intervals import factor
 from profiler.knowledge import SiteKnowledge
 from profiler.monotone import rising
+from profiler.outcomes import held_out_errors, worth_errors
 from profiler.points import noise, trial_points, wanted, window_points
-from profiler.process import adapted, predict, thinned
+from profiler.process import Kind, adapted, predict, thinned
 from profiler.records import ConfigEstimate, EstimateSource, StreamHistory
-from profiler.targets import worth
 from protocol.schema import DatasetRef, Record, RetrainConfig, RetrainTrial, TrialResult
 
 # Standard error added when a curve is carried over from an earlier window (per window of age, up to four) or taken
@@ -24,6 +26,14 @@ ERROR_PER_DISTANCE = 0.03
 MAX_ERROR = 0.5
 # Estimates without an error that a stream is assumed to have had, when its own mean error is taken off.
 HABIT_STRENGTH = 2.0
+# Weight of the configuration's own trial curve, beside the process, in what the held-out split will say. Both were
+# measured on that split; together they are better than either (benchmarks/bench_profiler_replay.py).
+CURVE_WEIGHT = 0.35
+# Two models are measured on the same crops and mostly right about the same ones: part of the sampling noise that is a
+# model's own, and not in what was measured before on the split.
+OWN_NOISE = 0.5
+# With every window more is known of how trials go on, and errors get smaller: older ones soon say little.
+SPLIT_DECAY = 0.3
 FRESH_START_DROP = 0.08
 # Part of the error left after a short trial that long training still removes: little for a head alone, much for a
 # whole small network (benchmarks/bench_profiler_city.py).
@@ -38,6 +48,15 @@ class _Curve(Record, frozen=True, kw_only=True):
     start: float
     source: EstimateSource
     extra_error: float
+
+
+class _Expected(Record, frozen=True, kw_only=True):
+    """Of one configuration: accuracy on frames to come, and what the window's held-out split will say; their errors."""
+
+    after: float
+    error: float
+    held_out: float
+    held_out_error: float
 
 
 def estimate_retrain(
@@ -75,11 +94,15 @@ def estimate_retrain(
     expected = _expected(trial, dataset, retrain, accuracy_now, history, site)
     # The process takes the serving model's accuracy for exact; on a handful of labels it is anything but.
     now_error = noise(accuracy_now, dataset.num_train + dataset.num_validation)
-    own_errors = past_errors(history, site)
+    me = history.stream_id
+    ages = list(enumerate(reversed(history.windows)))
+    own_errors = [e for age, w in ages for e in worth_errors(me, age, w, site.gaps)]
     # What the stream's past estimates were too low by: whatever the process has no term for.
     habit, _ = shrunk_mean(((e.error, DECAY**e.age) for e in own_errors), HABIT_STRENGTH)
-    others = [e for e in site.errors if e.stream_id != history.stream_id]
-    widened = factor([*own_errors, *others], history.stream_id)
+    widened = factor([*own_errors, *(e for e in site.errors if e.stream_id != me)], me)
+    split_errors = [e for age, w in ages for e in held_out_errors(me, age, w)]
+    split_errors += [e for e in site.held_out_errors if e.stream_id != me]
+    split_widened = factor(split_errors, me, decay=SPLIT_DECAY)
     rows = []
     for config in retrain:
         key = group_key(config)
@@ -88,17 +111,21 @@ def estimate_retrain(
             continue
         effort = effective_effort(config.epochs, config.data_fraction * dataset.num_train)
         found = curves.get(key) or _nearest(key, curves)
-        after, scale = expected[config]
-        after += habit
-        scale = math.hypot(scale, now_error)
+        after = expected[config].after + habit
+        scale = math.hypot(expected[config].error, now_error)
+        held_out, split_error = expected[config].held_out, expected[config].held_out_error
         accuracy, error = after, scale
         source: EstimateSource = "site" if site.points else "assumed"
         if found is not None:
             # The curve alone, as it is read without the process: kept beside the estimate to compare the two.
             accuracy, error = found.curve.predict(effort)
+            if found.source == "trial":
+                held_out = (1.0 - CURVE_WEIGHT) * held_out + CURVE_WEIGHT * accuracy
+                split_error *= 1.0 - CURVE_WEIGHT
             if found.start != accuracy_now:
                 accuracy = _carry_over(accuracy, found.start, accuracy_now)
             error, source = math.hypot(error, found.extra_error), found.source
+        split_scale = math.hypot(split_error, OWN_NOISE * noise(held_out, dataset.num_validation))
         base = cost.gpu_seconds(config, dataset.num_train)
         rows.append(
             ConfigEstimate(
@@ -112,28 +139,12 @@ def estimate_retrain(
                 gpu_seconds=site.slowness.work_s(base * cost_ratio(config, history, known_costs)),
                 scale=scale,
                 start_s=site.slowness.start_s,
+                held_out=_clip(held_out),
+                held_out_scale=split_scale,
+                held_out_error=min(split_scale * split_widened, MAX_ERROR),
             )
         )
     return tuple(rows)
-
-
-def past_errors(history: StreamHistory, site: SiteKnowledge) -> list[PastError]:
-    """Errors of the stream's own past estimates, age 0 the newest window."""
-    errors = []
-    for age, window in enumerate(reversed(history.windows)):
-        rows = {row.config: row for row in window.estimate.retrain} if window.estimate is not None else {}
-        for outcome in window.outcomes:
-            row, reached = rows.get(outcome.result.config), worth(window, outcome, site.gaps)
-            if row is not None and reached is not None:
-                errors.append(
-                    PastError(
-                        stream_id=history.stream_id,
-                        age=age,
-                        error=reached - row.accuracy_after,
-                        scale=row.scale or row.accuracy_error,
-                    )
-                )
-    return errors
 
 
 def _expected(
@@ -143,8 +154,8 @@ def _expected(
     accuracy_now: float,
     history: StreamHistory,
     site: SiteKnowledge,
-) -> dict[RetrainConfig, tuple[float, float]]:
-    """Accuracy after every configuration and its error: the process, averaged with the regression where there is one.
+) -> dict[RetrainConfig, _Expected]:
+    """The process, averaged with the regression where there is one and frames to come are asked about.
 
     The two err differently (one knows this window's trials and models' luck, the other is linear and stiff), and with
     hundreds of retrainings their mean is better than either on published measurements.
@@ -158,17 +169,23 @@ def _expected(
     if trial is not None:
         own += trial_points(history.stream_id, order, accuracy_now, trial, dataset.num_validation)
     points = thinned(own, [p for p in site.points if p.stream_id != history.stream_id])
-    targets = wanted(history.stream_id, order, accuracy_now, retrain, dataset.num_train, live=live)
-    means, errors = predict(points, targets, adapted(points))
-    found = {}
-    for config, mean, error in zip(retrain, means, errors, strict=True):
-        after = float(mean)
-        if site.prior is not None:
-            after = site.prior.blended(after, history.stream_id, accuracy_now, config)
-        found[config] = (after, float(error))
+    kinds: tuple[Kind, Kind] = ("live" if live else "plain", "split")
+    targets = [
+        p for kind in kinds for p in wanted(history.stream_id, order, accuracy_now, retrain, dataset.num_train, kind)
+    ]
+    means, errors = (np.split(values, 2) for values in predict(points, targets, adapted(points)))
+    after = {config: float(mean) for config, mean in zip(retrain, means[0], strict=True)}
+    if site.prior is not None:
+        after = {c: site.prior.blended(a, history.stream_id, accuracy_now, c) for c, a in after.items()}
     # Neither process nor regression is monotone by construction.
-    risen = rising({config: after for config, (after, _) in found.items()}, _no_longer)
-    return {config: (risen[config], error) for config, (_, error) in found.items()}
+    after = rising(after, _no_longer)
+    held_out = rising(dict(zip(retrain, means[1].tolist(), strict=True)), _no_longer)
+    return {
+        config: _Expected(
+            after=after[config], error=float(error), held_out=held_out[config], held_out_error=float(split_error)
+        )
+        for config, error, split_error in zip(retrain, *errors, strict=True)
+    }
 
 
 def _no_longer(a: RetrainConfig, b: RetrainConfig) -> bool:

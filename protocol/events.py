@@ -158,6 +158,9 @@ class RetrainFinished(Event, frozen=True, kw_only=True, tag="retrain_finished"):
     """A retraining ended and the gate decided whether the model goes live. ``map_before`` and ``map_after`` as in
     RetrainResult. ``elapsed_s``: from the command to the report; ``elapsed_predicted_s`` and ``elapsed_half_s``: what
     was expected of it at the start and after half of the epochs, at the shares that it had. ``whole``: not cut short.
+    ``accuracy_before`` and ``accuracy_after`` are measured on the held-out split of the window's labels;
+    ``held_out_predicted`` says what was expected of the second, ``held_out_error`` is its standard error (80 % of the
+    outcomes lie within 1.28 of it). ``accuracy_predicted`` is about the frames that come then.
     """
 
     stream_id: Name
@@ -176,6 +179,8 @@ class RetrainFinished(Event, frozen=True, kw_only=True, tag="retrain_finished"):
     elapsed_predicted_s: Seconds | None = None
     elapsed_half_s: Seconds | None = None
     whole: bool = True
+    held_out_predicted: Fraction | None = None
+    held_out_error: Seconds | None = None
 
 
 class RetrainCorrected(Event, frozen=True, kw_only=True, tag="retrain_corrected"):

@@ -73,6 +73,8 @@ class RetrainProfile(Record, frozen=True, kw_only=True):
     the same labels). ``swap_bytes``: extra memory on the inference GPU from the plan's start until the swap.
     ``label_seconds``: golden-model seconds that labelling its data still costs. ``start_s``: seconds by the clock to
     command, start and report it, which no share shortens; ``gpu_seconds`` has them at a throughput of `START_RATE`.
+    ``held_out``, ``held_out_error``: accuracy that it will measure on its window's held-out split when it ends, and the
+    standard error of that; None: not estimated. ``accuracy_after`` is about the frames that come then.
     """
 
     retrain_id: Name
@@ -86,6 +88,8 @@ class RetrainProfile(Record, frozen=True, kw_only=True):
     pinned_gpu: Name | None = None
     config: RetrainConfig | None = None
     start_s: Seconds = 0.0
+    held_out: Fraction | None = None
+    held_out_error: Seconds = 0.0
 
 
 class CloudProfile(Record, frozen=True, kw_only=True):

@@ -9,9 +9,10 @@ from optimizer.config import ProfilingConfig
 from optimizer.ports import Progressed
 from optimizer.report import build_report
 from optimizer.report_html import report_page
-from optimizer.report_trials import end_errors, ends_text
+from optimizer.report_trials import end_errors, ends_text, expected_held_out, held_out_text
 from protocol.events import RetrainFinished, RetrainProgress
-from protocol.schema import EpochResult
+from protocol.plan import StreamProfile
+from protocol.schema import DatasetRef, EpochResult, StreamSpec, TrialResult
 from tests.optimizer.coordinator_world import simulation, site
 
 
@@ -62,6 +63,35 @@ def test_half_way_the_end_is_told_from_the_clock_of_the_epochs() -> None:
     # 1 s until the first is heard of, two for each, and the last validation at the pace of the epochs.
     wall_s = 1.0 + epochs * per_epoch_s + 0.1 * 4.0
     assert running.half_work_s / running.share == pytest.approx(wall_s, rel=0.03)
+
+
+def test_held_out_accuracy_is_told_beside_what_was_expected_of_it() -> None:
+    run, _, profiler = simulation(site(num_streams=1), num_windows=2)
+    made = profiler.estimate
+
+    def said(spec: StreamSpec, trial: TrialResult, dataset: DatasetRef) -> StreamProfile:
+        profile = made(spec, trial, dataset)
+        rows = tuple(msgspec.structs.replace(r, held_out=0.7, held_out_error=0.05) for r in profile.retrain)
+        return msgspec.structs.replace(profile, retrain=rows)
+
+    profiler.estimate = said  # type: ignore[method-assign]
+    run.run(until_s=1000.0)
+    report = build_report(run.events)
+    assert {(row.held_out_predicted, row.held_out_error) for row in report.retrainings} == {(0.7, 0.05)}
+    (row, *_) = report.retrainings
+    rows = [
+        msgspec.structs.replace(row, accuracy_after=0.75, whole=True),
+        msgspec.structs.replace(row, accuracy_after=0.6, whole=True),
+        msgspec.structs.replace(row, accuracy_after=0.1, whole=False),
+        msgspec.structs.replace(row, held_out_predicted=None, whole=True),
+    ]
+    text = held_out_text(msgspec.structs.replace(report, retrainings=tuple(rows)))
+    assert text == (
+        "Held-out accuracy at the end was off by 7.5 points in the median of 2 whole retrainings; 1 of 2 within their"
+        " 80 % intervals."
+    )
+    assert [expected_held_out(r) for r in (rows[0], rows[3])] == ["70.0 ± 6.4", "–"]
+    assert held_out_text(msgspec.structs.replace(report, retrainings=())) == ""
 
 
 def test_errors_of_ends_count_whole_retrainings_only() -> None:
