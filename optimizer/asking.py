@@ -95,6 +95,7 @@ class Asker:
             self._wanted = None
             return
         serving_only = state.phase in _SERVING_ONLY
+        demands.plan_with(state.streams.values())
         problem = questions.make_problem(
             state,
             self._site,
@@ -106,9 +107,6 @@ class Asker:
         )
         if problem is None:
             return  # asked again as soon as an executor is there
-        others = demands.of_site(state.streams.values())
-        for stream in state.streams.values():
-            demands.plan_with(stream, others)
         # The newest state is asked about: what was to be asked later is in it.
         reason = f"{reason}; {self._after}" if self._after else reason
         self._wanted, self._after = None, ""

@@ -52,7 +52,7 @@ from optimizer.windows import opens
 from protocol import messages as m
 from protocol.events import ExecutorChanged, RetrainFinished, StreamAccuracy, WindowOpened
 from protocol.plan import PlanVersion
-from protocol.schema import LinkSpec, LiveSource
+from protocol.schema import LinkSpec, LiveSource, RetrainResult
 
 # The first window opens at the latest so long after the first models were there.
 _START_S = 15.0
@@ -363,7 +363,7 @@ class Coordinator:
                 seconds=result.busy_s,
                 seconds_predicted=running.work_s if running else None,
                 promoted=promoted,
-                reason=verdict.reason if known else f"ended after its window: {verdict.reason}",
+                reason=verdict.reason if known else f"{self._why_unknown(result)}: {verdict.reason}",
                 map_before=result.map_before,
                 map_after=result.map_after,
                 elapsed_s=ends.elapsed_s if ends else None,
@@ -374,6 +374,11 @@ class Coordinator:
                 held_out_error=running.held_out_error if running and running.held_out_predicted is not None else None,
             )
         )
+
+    def _why_unknown(self, result: RetrainResult) -> str:
+        """Of a retraining that ended, but that nothing is known of any more."""
+        in_time = self.state.phase in WINDOW_PHASES and result.window == self.state.window
+        return "not in the plan any more" if in_time else "ended after its window"
 
     def _failed(self, message: m.JobFailed, now: float) -> None:
         self._emit.notice("error", f"{message.kind} job of {message.stream_id} failed: {message.reason}")

@@ -16,7 +16,7 @@ besides as the one that is.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import MappingProxyType
 
 from optimizer.state import StreamState
@@ -86,10 +86,12 @@ def newly_short(stream: StreamState) -> bool:
     return True
 
 
-def plan_with(stream: StreamState, others: Mapping[str, float] = _NOBODY) -> None:
-    """What is known now goes into a plan."""
-    known = stream.profile.inference if stream.profile is not None else ()
-    stream.demand_planned = {p.inference_id: besides(stream, p.inference_id, others) for p in known}
+def plan_with(streams: Collection[StreamState]) -> None:
+    """What is known now goes into the plan that is about to be made: it reckons with ``demand_planned``."""
+    others = of_site(streams)
+    for stream in streams:
+        known = stream.profile.inference if stream.profile is not None else ()
+        stream.demand_planned = {p.inference_id: besides(stream, p.inference_id, others) for p in known}
 
 
 def forget_old(stream: StreamState) -> None:

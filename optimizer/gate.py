@@ -34,7 +34,7 @@ Array = npt.NDArray[np.float64]
 _BELIEFS = (0.05, 0.15, 0.25, 0.35, 0.45)
 
 # With more votes than this the distribution of their sum is normal to within a few thousandths.
-_EXACT = 200
+_EXACT = 1000
 _PARTS = np.arange(1, VOTE_WEIGHTS + 1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from optimizer import demands, latencies, moving
+from optimizer import latencies, moving
 from optimizer.clouds import what_is_left
 from optimizer.config import SiteConfig
 from optimizer.degrading import least
@@ -112,10 +112,10 @@ def make_problem(
     Kept free on a GPU are ``room_for_trials``, and the site's ``watch_share`` where a new model is compared with the
     old one; ``links``: to a cloud that somebody talks to; ``left_s`` is what is left of the site's window, seconds.
     The plan looks ahead to the end of the longest own window of a stream (``windows.py``).
+    Serving is reckoned to need what ``demand_planned`` says besides its profile (``demands.py``).
     """
     specs = {spec.stream_id: spec for spec in site.streams}
     lefts = {sid: own_left_s(spec, state.window, left_s, site.window_s) for sid, spec in specs.items()}
-    others = demands.of_site(state.streams.values())
     streams = tuple(
         _stream(
             stream,
@@ -127,7 +127,6 @@ def make_problem(
             lefts[stream.stream_id],
             links,
             site.share_quantum,
-            others,
         )
         for stream in state.streams.values()
         if stream.checkpoint and stream.profile and stream.stream_id not in state.shed
@@ -195,7 +194,6 @@ def _stream(
     left_s: float,
     links: tuple[LinkSpec, ...],
     share_quantum: float,
-    others: Mapping[str, float],
 ) -> StreamProfile:
     assert stream.profile is not None
     choices: tuple[RetrainProfile, ...] = ()
@@ -210,7 +208,7 @@ def _stream(
                 choices = (msgspec.structs.replace(known, gpu_seconds=left, pinned_gpu=running.executor_id),)
     gpus = [executor.gpu for executor in executors.values()]
     needed = (
-        _with_demand(profile, demands.besides(stream, profile.inference_id, others))
+        _with_demand(profile, stream.demand_planned.get(profile.inference_id, 0.0))
         for profile in stream.profile.inference
     )
     inference = tuple(_with_latency(stream, profile, gpus, share_quantum) for profile in needed)

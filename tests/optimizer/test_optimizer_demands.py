@@ -103,7 +103,7 @@ def test_it_is_reckoned_to_need_as_much_more_in_proportion_as_it_does_for_other_
     # What it is served with is known from itself.
     tell(first, 20, report(), worker(0.4, 0.4))
     assert demands.besides(second, "every1", demands.of_site([first, second])) == pytest.approx(0.01)
-    demands.plan_with(second, others)
+    demands.plan_with([first, second])
     assert second.demand_planned["every5"] == pytest.approx(0.024)
 
 

@@ -151,11 +151,20 @@ def test_costs_of_the_site_are_a_running_mean_per_group_and_device(tmp_path: Pat
         assert history.costs("cpu/pacing")[key].seconds_per_sample == pytest.approx(0.002)
 
 
-def ran(busy_s: float, share: float, elapsed_s: float, *, stream: str = "north", order: int = 0) -> SiteWindow:
-    """A window of a stream whose one retraining was busy for ``busy_s`` and took ``elapsed_s`` at ``share``."""
+def ran(
+    busy_s: float,
+    share: float,
+    elapsed_s: float,
+    *,
+    stream: str = "north",
+    order: int = 0,
+    inside_s: float | None = None,
+) -> SiteWindow:
+    """A window of a stream whose one retraining was busy for ``busy_s`` and took ``elapsed_s`` at ``share``, of them
+    ``inside_s`` (all of them) in its worker."""
     outcome = World(2).outcome(order, RETRAIN[10])
     run = RetrainRun(executor_id="a", device="cpu", share=share, elapsed_s=elapsed_s, work_s=share * elapsed_s)
-    result = msgspec.structs.replace(outcome.result, busy_s=busy_s)
+    result = msgspec.structs.replace(outcome.result, busy_s=busy_s, seconds=inside_s or elapsed_s)
     history = WindowHistory(window=order, outcomes=(msgspec.structs.replace(outcome, result=result, run=run),))
     return SiteWindow(order=order, stream_id=stream, history=history)
 
@@ -171,6 +180,23 @@ def test_what_the_clock_adds_to_busy_seconds_is_learned_from_all_streams(start_s
     found = learn_slowness(windows)
     for busy_s, share in ((0.8, 0.5), (3.0, 0.5), (6.0, 0.5)):
         assert found.work_s(busy_s) == pytest.approx(share * (start_s + factor * busy_s / share), rel=0.1)
+
+
+def test_waiting_for_a_share_is_not_taken_for_slowness_even_where_most_of_a_window_waited() -> None:
+    def waited(order: int, wait_s: float) -> list[SiteWindow]:
+        return [
+            ran(1.0 + i, 0.5, 2.2 * (1.0 + i) + wait_s, stream=f"s{i}", order=order, inside_s=2.2 * (1.0 + i))
+            for i in range(4)
+        ]
+
+    calm = [*waited(0, 0.2), *waited(1, 0.2)]
+    found, after = learn_slowness(calm), learn_slowness([*calm, *waited(2, 3.0)])
+    assert found.factor == pytest.approx(1.1, abs=0.05)
+    assert found.start_s == pytest.approx(0.25, abs=0.15)
+    assert after.factor == pytest.approx(found.factor, abs=0.03)
+    assert after.start_s == pytest.approx(found.start_s, abs=0.1)
+    # What stays so is learned.
+    assert learn_slowness([*calm, *(w for order in (2, 3, 4) for w in waited(order, 3.0))]).start_s > 2.5
 
 
 def test_one_retraining_that_had_to_wait_hardly_counts() -> None:
@@ -219,7 +245,9 @@ def test_the_next_cost_is_what_the_retraining_of_its_kind_took_and_not_what_the_
     site.estimate(SPEC, world.trial(0, (RETRAIN[4], RETRAIN[10])), world.dataset(0))
     result = world.outcome(0, config).result
     epochs = tuple(EpochResult(epoch=e, accuracy=0.7, loss=1.0, busy_s=0.3) for e in range(config.epochs + 1))
-    result = msgspec.structs.replace(result, epochs=epochs, busy_s=4.0 + 0.3 * config.epochs)
+    result = msgspec.structs.replace(
+        result, epochs=epochs, busy_s=4.0 + 0.3 * config.epochs, seconds=2 * 4.1 + 0.6 * config.epochs
+    )
     work_s = 4.2 + 0.3 * config.epochs
     run = RetrainRun(executor_id="a", device="cpu/pacing", share=0.5, elapsed_s=2 * work_s, work_s=work_s)
     site.retrained(SPEC, result, 0.8, 1.0, True, run=run)
