@@ -79,9 +79,10 @@ class Asker:
         self._wanted = f"{self._wanted}; {reason}" if self._wanted else reason
 
     def overtaken(self, reason: str) -> None:
-        """What an open question was about is not so any more: it is asked anew."""
+        """What an open question was about is not so any more: its answer is not waited for, it is asked anew."""
         if self._question is not None:
             self.want(f"{self._question.reason}; {reason}")
+            self._question = None
 
     def ask_if_wanted(self, now: float) -> None:
         state, reason = self._state, self._wanted
@@ -92,7 +93,7 @@ class Asker:
             s.checkpoint and not s.serving_executor and s.stream_id not in state.shed for s in state.streams.values()
         )
         if state.phase == "executing" and left < self._site.replan_s and not homeless:
-            self._wanted = None
+            self._wanted, self._after = None, ""
             return
         serving_only = state.phase in _SERVING_ONLY
         demands.plan_with(state.streams.values())

@@ -302,6 +302,22 @@ def test_a_retraining_that_begins_while_a_plan_is_made_has_it_made_anew() -> Non
     assert pinned == {"gpu0"}
 
 
+def test_an_answer_that_is_overtaken_at_a_windows_end_is_not_followed() -> None:
+    run, _, _ = start(think_s=4.0)
+    asker, state, site = run.coordinator._asker, run.coordinator.state, run.coordinator.site
+    run.run(until_s=run.coordinator.window_end_s() - site.replan_s - 1.0)
+    asker.want("somebody asks")
+    run.give(Tick())
+    plan = state.plan
+    run.run(until_s=run.coordinator.window_end_s() - site.replan_s + 0.5)
+    assert asker.waiting
+    asker.want_after("what comes later")
+    asker.overtaken("something began")
+    run.run(until_s=run.coordinator.window_end_s() - 0.5)
+    assert state.plan is plan
+    assert not asker.waiting
+
+
 def test_what_waits_for_a_retraining_that_is_given_up_before_its_turn_waits_for_the_one_before_it() -> None:
     def chain(problem: Problem, last: Plan | None) -> Plan:
         made = overtaken(problem, last)
