@@ -3,7 +3,8 @@
 ``python benchmarks/collect_retrainings.py city-1 city-2`` runs every retraining configuration of those streams in five
 windows and adds their rows to ``benchmarks/data/retrainings.csv`` and ``benchmarks/data/trials.csv`` (rows of the
 same stream are replaced). ``city-N`` is a camera of the procedural city with seed N and random drift; any other name is
-a stream of ``examples/street.toml``. About 40 s of one core per stream.
+a stream of ``examples/street.toml``. About 40 s of one core per stream. ``benchmarks/data/long`` has four streams in
+ten windows: ``--windows 10 --into benchmarks/data/long city-11 city-12 city-13 city-14``.
 
 A window is labelled over the seconds before it (as a site does) and served for the 40 s after. Two accuracies of every
 model are kept: on the held-out split of the labels, which is what the system sees (30 to 80 crops), and on several
@@ -39,7 +40,7 @@ from protocol.messages import LabelJob, RetrainJob, TrialJob
 from protocol.schema import CheckpointRef, CitySource, DatasetRef, EpochResult, OracleGolden, RetrainConfig, StreamSpec
 
 ROOT = Path(__file__).parent
-RETRAININGS, TRIALS = ROOT / "data" / "retrainings.csv", ROOT / "data" / "trials.csv"
+DATA = ROOT / "data"
 WINDOW_S, LABEL_S = 40.0, 20.0
 NUM_WINDOWS = 5
 EPOCHS = (2, 5, 12)
@@ -273,9 +274,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("streams", nargs="+", metavar="STREAM", help="city-N, or a stream of examples/street.toml")
     parser.add_argument("--windows", type=int, default=NUM_WINDOWS)
+    parser.add_argument("--into", type=Path, default=DATA, help="folder of the two tables")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    RETRAININGS.parent.mkdir(exist_ok=True)
+    arguments.into.mkdir(parents=True, exist_ok=True)
     for name in arguments.streams:
         with tempfile.TemporaryDirectory() as folder:
             collector = Collector(name, Path(folder))
@@ -286,8 +288,8 @@ def main() -> None:
                 rows += found
                 trials += tried
                 print(f"{name} window {window}: {found[0]['num_train']} training crops", flush=True)
-        merge(RETRAININGS, name, rows)
-        merge(TRIALS, name, trials)
+        merge(arguments.into / "retrainings.csv", name, rows)
+        merge(arguments.into / "trials.csv", name, trials)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import numpy as np
 from profiler.corrections import DECAY, cost_ratio, reached_best, retraining_costs, shrunk_mean
 from profiler.costs import CostModel, GroupKey, alike, cost_model, diverged, group_key, key_distance, neighbour_cost
 from profiler.curves import LearningCurve, effective_effort, fit_curve, likely_ceiling
-from profiler.intervals import factor
+from profiler.intervals import Weights, factor
 from profiler.knowledge import SiteKnowledge
 from profiler.monotone import rising
 from profiler.outcomes import held_out_errors, worth_errors
@@ -32,8 +32,9 @@ CURVE_WEIGHT = 0.35
 # Two models are measured on the same crops and mostly right about the same ones: part of the sampling noise that is a
 # model's own, and not in what was measured before on the split.
 OWN_NOISE = 0.5
-# With every window more is known of how trials go on, and errors get smaller: older ones soon say little.
-SPLIT_DECAY = 0.3
+# How far held-out accuracies are off depends on the scene of a window, and gets less with every window that is known:
+# the newest dozen of errors, of whatever stream, tell nearly all.
+SPLIT_WEIGHTS = Weights(decay=0.1, number=12, site=1.0, prior=0.15, coming=0.3)
 FRESH_START_DROP = 0.08
 # Part of the error left after a short trial that long training still removes: little for a head alone, much for a
 # whole small network (benchmarks/bench_profiler_city.py).
@@ -102,7 +103,7 @@ def estimate_retrain(
     widened = factor([*own_errors, *(e for e in site.errors if e.stream_id != me)], me)
     split_errors = [e for age, w in ages for e in held_out_errors(me, age, w)]
     split_errors += [e for e in site.held_out_errors if e.stream_id != me]
-    split_widened = factor(split_errors, me, decay=SPLIT_DECAY)
+    split_widened = factor(split_errors, me, weights=SPLIT_WEIGHTS)
     rows = []
     for config in retrain:
         key = group_key(config)
