@@ -95,7 +95,8 @@ class Carrier:
             # Not in the plan, which knew of it: what it has done is lost.
             stream.running = None
             return False
-        if running is not None and (running.retrain_id, running.executor_id) == (wish.retrain_id, wish.executor_id):
+        retrain_id = wish.profile.retrain_id
+        if running is not None and (running.retrain_id, running.executor_id) == (retrain_id, wish.executor_id):
             if abs(running.share - wish.share) > 1e-9:
                 gpu = self._executors[running.executor_id].gpu
                 running.done_s = questions.work_done(running, gpu, now)
@@ -106,21 +107,21 @@ class Carrier:
         earlier = find(self._state.zoo, wish.config.base) if wish.config.base else None
         if wish.config.base and earlier is None:
             return False  # the model that it would begin from is gone; the next plan knows
-        stream.retrain_id = wish.retrain_id
+        stream.retrain_id = retrain_id
         spec = self._specs[stream.stream_id]
         start = earlier.checkpoint if earlier is not None else None
         job = new_job("retrain", stream, spec, self._state.window, wish.config, wish.share, start)
         stream.running = RunningRetrain(
             job=job,
             executor_id=wish.executor_id,
-            retrain_id=wish.retrain_id,
+            retrain_id=retrain_id,
             work_s=questions.expected_work(wish, self._executors[wish.executor_id].gpu),
             done_s=0.0,
             since_s=now,
             share=wish.share,
-            accuracy_predicted=wish.accuracy_after,
-            held_out_predicted=wish.held_out,
-            held_out_error=wish.held_out_error,
+            accuracy_predicted=wish.profile.accuracy_after,
+            held_out_predicted=wish.profile.held_out,
+            held_out_error=wish.profile.held_out_error,
             started_s=now,
         )
         return True

@@ -61,13 +61,8 @@ def retraining(assignment: Assignment, profile: StreamProfile, ended: Collection
     return Retraining(
         executor_id=step.gpu_id,
         config=choice.config,
-        retrain_id=step.retrain_id,
         share=step.share,
-        gpu_seconds=choice.gpu_seconds,
-        accuracy_after=choice.accuracy_after,
-        start_s=choice.start_s,
-        held_out=choice.held_out,
-        held_out_error=choice.held_out_error,
+        profile=choice,
     )
 
 

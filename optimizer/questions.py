@@ -36,7 +36,8 @@ def expected_work(wish: Retraining, gpu: GpuSpec) -> float:
     """GPU-seconds of a retraining by the execution model at the share that the plan gives it: starting takes as long at
     any share, and so counts for more of a large one."""
     rate = gpu.speed * share_efficiency(gpu, wish.share)
-    return max(wish.gpu_seconds + wish.start_s * (rate - START_RATE), wish.start_s * rate)
+    start_s = wish.profile.start_s
+    return max(wish.profile.gpu_seconds + start_s * (rate - START_RATE), start_s * rate)
 
 
 def work_left(running: RunningRetrain, gpu: GpuSpec, now: float) -> float:

@@ -90,11 +90,12 @@ def end_errors(rows: Sequence[RetrainRow]) -> tuple[tuple[float, ...], tuple[flo
 def held_out_errors(rows: Sequence[RetrainRow]) -> list[tuple[float, bool]]:
     """(|error|, whether the 80 % interval held it) of the held-out accuracies that whole retrainings were expected to
     reach."""
-    return [
-        (abs(row.accuracy_after - row.held_out_predicted), _holds(row))
+    off = [
+        (abs(row.accuracy_after - row.held_out_predicted), row.held_out_error or 0.0)
         for row in rows
         if row.whole and row.held_out_predicted is not None
     ]
+    return [(error, error <= _Z80 * standard_error) for error, standard_error in off]
 
 
 def held_out_text(report: Report) -> str:
@@ -114,11 +115,6 @@ def expected_held_out(row: RetrainRow) -> str:
     if row.held_out_predicted is None:
         return "–"
     return f"{percent(row.held_out_predicted)} ± {percent(_Z80 * (row.held_out_error or 0.0))}"
-
-
-def _holds(row: RetrainRow) -> bool:
-    off = abs(row.accuracy_after - (row.held_out_predicted or 0.0))
-    return off <= _Z80 * (row.held_out_error or 0.0)
 
 
 def ends_text(report: Report) -> str:

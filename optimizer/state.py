@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from protocol.messages import CanaryJob, LabelJob, RetrainJob, TrialJob, WorkerStatus
-from protocol.plan import Plan, PlanVersion, StreamProfile
+from protocol.plan import Plan, PlanVersion, RetrainProfile, StreamProfile
 from protocol.schema import (
     CheckpointRef,
     Conditions,
@@ -333,14 +333,9 @@ class Served(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Retraining(msgspec.Struct, frozen=True, kw_only=True):
-    """A retraining that the plan in force wants to run at this moment; the last fields as in `RetrainProfile`."""
+    """A retraining that the plan in force wants to run at this moment; ``profile``: what is expected of it."""
 
     executor_id: str
     config: RetrainConfig
-    retrain_id: str
     share: float
-    gpu_seconds: float
-    accuracy_after: float
-    start_s: float = 0.0
-    held_out: float | None = None
-    held_out_error: float = 0.0
+    profile: RetrainProfile

@@ -318,8 +318,9 @@ class Hub:
                 gone = [k for k, (v, _) in self._last.items() if isinstance(v, JobShare) and v.gpu_id == event.gpu_id]
                 for key in gone:
                     del self._last[key]
-        self._last[key_of(event)] = event, num_bytes
-        self._last.move_to_end(key_of(event))
+        state = key_of(event)
+        self._last[state] = event, num_bytes
+        self._last.move_to_end(state)
         while len(self._last) > self._max_topics:
             self._last.popitem(last=False)
 

@@ -17,6 +17,7 @@ from optimizer.state import Retraining
 from profiler.slowness import Slowness
 from protocol import messages as m
 from protocol.events import PlanSolved, RetrainCorrected, RetrainFinished, RetrainProgress
+from protocol.plan import RetrainProfile
 from protocol.schema import CheckpointRef, EpochResult, GpuSpec, PairedCounts, RetrainConfig, RetrainResult
 from tests.optimizer.coordinator_world import TestWorld, simulation, site
 
@@ -44,11 +45,13 @@ def test_what_no_share_shortens_is_reckoned_with_at_the_share_that_a_plan_gives(
     wish = Retraining(
         executor_id="g",
         config=RetrainConfig(config_id="head", epochs=5),
-        retrain_id="head",
         share=share,
-        gpu_seconds=Slowness(start_s=start_s, factor=factor).work_s(busy_s),
-        accuracy_after=0.8,
-        start_s=start_s,
+        profile=RetrainProfile(
+            retrain_id="head",
+            gpu_seconds=Slowness(start_s=start_s, factor=factor).work_s(busy_s),
+            accuracy_after=0.8,
+            start_s=start_s,
+        ),
     )
     expected_s = questions.expected_work(wish, GpuSpec(gpu_id="g", speed=speed)) / (speed * share)
     assert expected_s == pytest.approx(start_s + factor * busy_s / (speed * share))

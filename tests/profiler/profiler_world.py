@@ -40,6 +40,11 @@ INFERENCE = tuple(
 TRUE_QUALITY = dict(zip(INFERENCE, (1.0, 0.93, 0.8, 0.9), strict=True))
 
 
+def no_more(a: RetrainConfig, b: RetrainConfig) -> bool:
+    """Of one group, with no more epochs and no more data."""
+    return a.trained_fraction == b.trained_fraction and a.epochs <= b.epochs and a.data_fraction <= b.data_fraction
+
+
 @dataclass
 class World:
     """True values. Accuracies are of the held-out split; costs in busy seconds at share 1."""

@@ -16,8 +16,8 @@ from profiler.history import History
 from profiler.microprofiler import EstimatorKnobs, estimate, estimate_in_detail
 from profiler.monotone import rising
 from profiler.records import StreamHistory, WindowHistory
-from protocol.schema import EpochResult, RetrainConfig, TrialResult
-from tests.profiler.profiler_world import INFERENCE, RETRAIN, SPEC, TRUE_QUALITY, World
+from protocol.schema import EpochResult, TrialResult
+from tests.profiler.profiler_world import INFERENCE, RETRAIN, SPEC, TRUE_QUALITY, World, no_more
 
 HEAD, FULL = RETRAIN[4], RETRAIN[10]
 NOTHING = StreamHistory(stream_id="north")
@@ -45,11 +45,6 @@ def test_two_trials_estimate_all_twelve_configurations(seed: int) -> None:
     assert max(abs(math.log(ratio)) for ratio in costs) < math.log(1.1)
     assert max(r.gpu_seconds for r in profile.retrain) > 10 * min(r.gpu_seconds for r in profile.retrain)
     assert all(r.accuracy_error > 0 for r in profile.retrain)
-
-
-def no_more(a: RetrainConfig, b: RetrainConfig) -> bool:
-    """Of one group, with no more epochs and no more data."""
-    return a.trained_fraction == b.trained_fraction and a.epochs <= b.epochs and a.data_fraction <= b.data_fraction
 
 
 @pytest.mark.parametrize("windows", [0, 3])
